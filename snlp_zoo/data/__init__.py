@@ -1,0 +1,6 @@
+"""Text data: local files first, the demo tweets, `datasets` by name. Batches, which need torch, are in `.batches`."""
+
+from snlp_zoo.data.files import read_rows
+from snlp_zoo.data.text import TextSet, TextSplits, load_splits, read_set
+
+__all__ = ["TextSet", "TextSplits", "load_splits", "read_rows", "read_set"]

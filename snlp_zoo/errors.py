@@ -1,0 +1,21 @@
+"""Errors a user can cause and mend. The command line prints the message alone and exits with code 2."""
+
+
+class SnlpError(Exception):
+    """Says what is wrong, the value that is wrong, and what to do about it, in one or two sentences."""
+
+
+class BackendError(SnlpError, RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+class RecipeError(SnlpError, ValueError):
+    """A zoo entry or recipe cannot be read: unknown name, unknown key, value of the wrong kind."""
+
+
+class DataError(SnlpError, ValueError):
+    """A data set cannot be used as asked: missing column, empty text, label outside its range."""
+
+
+class CheckpointError(SnlpError, OSError):
+    """A checkpoint cannot be read or written."""

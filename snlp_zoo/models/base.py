@@ -1,0 +1,357 @@
+"""Everything the families share with the transformers library: configuration, saving, heads, copying a teacher.
+
+Shapes: T, B, N, D, H as in ops/lif/reference.py. T lives inside a model only; every output is averaged over it.
+"""
+
+import logging
+import re
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLMPredictionHead, BertOnlyMLMHead, BertPooler
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from snlp_zoo.layers import ElasticBiSpike
+
+logger = logging.getLogger(__name__)
+
+# No published encoder comes near these; a configuration file from elsewhere must not allocate without limit.
+_BOUNDS = {
+    "vocab_size": 2_000_000,
+    "hidden_size": 32_768,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1_024,
+    "intermediate_size": 262_144,
+    "max_position_embeddings": 1_048_576,
+    "type_vocab_size": 1_024,
+    "time_steps": 1_024,
+}
+
+
+@strict
+class SpikingConfig(PreTrainedConfig):
+    """Fields every spiking encoder has; names as in BERT, plus `time_steps` (T)."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"  # of the masked-language-model head
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    output_spike_rates: bool = False
+    time_steps: int = 4
+
+    def __post_init__(self, **kwargs):
+        for name, limit in _BOUNDS.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f"{self.model_type}: {name} must be between 1 and {limit}, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"{self.model_type}: hidden_size {self.hidden_size} must be a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        super().__post_init__(**kwargs)
+
+
+def make_config(config_class: type[SpikingConfig], **values: Any) -> SpikingConfig:
+    """A configuration from keyword values, refusing names it does not have (transformers keeps typos silently).
+
+    Raises:
+        ValueError: unknown name (with the nearest one), or a value out of bounds.
+    """
+    known = {field.name for field in fields(config_class)} | {"num_labels", "attn_implementation"}  # type: ignore[arg-type]
+    for name in values.keys() - known:
+        nearest = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{config_class.model_type} has no config field {name!r}{hint}")
+    return config_class(**values)
+
+
+@dataclass
+class SpikingModelOutput(ModelOutput):
+    """last_hidden_state [B, N, D], pooler_output [B, D], hidden_states (L + 1 times [B, N, D], embeddings first) and
+    attentions (L times [B, H, N, N]) are means over T. spike_rates: site name -> [T], share of neurons that fired on
+    real tokens; firing_rate: that share over all sites and steps.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    spike_rates: dict[str, Tensor] | None = None
+    firing_rate: Tensor | None = None
+
+
+@dataclass
+class SpikingHeadOutput(ModelOutput):
+    """loss (with labels), logits ([B, classes], or [B, N, V] for masked language models); the rest as in the base."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    spike_rates: dict[str, Tensor] | None = None
+    firing_rate: Tensor | None = None
+
+
+class TransferReport(NamedTuple):
+    copied: list[str]  # student parameters that now hold the teacher's values
+    not_copied: dict[str, str]  # student parameter -> why it keeps its fresh initialisation
+
+
+def spread_layers(student_layers: int, teacher_layers: int) -> list[int]:
+    """Teacher layer (0-based) for each student layer, evenly spread, the last on the last: 3 of 6 gives [1, 3, 5]."""
+    return [max((i + 1) * teacher_layers // student_layers - 1, 0) for i in range(student_layers)]
+
+
+class SpikingPreTrainedModel(PreTrainedModel):
+    """Base of every spiking model: initialisation, save and load, `from_teacher`."""
+
+    config: SpikingConfig
+    supports_gradient_checkpointing = True
+    teacher_names: ClassVar[dict[str, str]] = {}  # our module path -> the teacher's, "{}" stands for the layer number
+    transfer_report: TransferReport | None = None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ElasticBiSpike):
+            init.ones_(module.alpha)
+            init.zeros_(module.initialized)
+            init.zeros_(module.magnitude)
+        elif isinstance(module, BertLMPredictionHead):
+            init.zeros_(module.bias)
+        elif isinstance(module, BertEmbeddings):
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
+            init.zeros_(module.token_type_ids)
+
+    @classmethod
+    def from_teacher(cls, teacher: PreTrainedModel, **config: Any) -> Self:
+        """A student that starts from a dense teacher's weights wherever the shapes allow.
+
+        Args:
+            teacher: a BERT-like encoder, with or without a head.
+            config: fields of the student's configuration; what is not given is taken from the teacher.
+        Returns:
+            The student, in float32. `student.transfer_report` lists what was copied and what was not; the second list
+            is logged as a warning too. A shallower student takes evenly spread layers.
+        Raises:
+            ValueError: unknown configuration field, or a teacher without a single matching weight.
+        """
+        shared = {f.name for f in fields(cls.config_class)} & {f.name for f in fields(SpikingConfig)}  # type: ignore[arg-type]
+        shared -= {"hidden_dropout_prob", "attention_probs_dropout_prob", "output_spike_rates", "time_steps"}
+        inherited = {name: getattr(teacher.config, name) for name in shared if hasattr(teacher.config, name)}
+        if "num_labels" not in config:
+            inherited |= {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
+        student = cls(make_config(cls.config_class, **(inherited | config)))
+        student.transfer_report = student._copy_from(teacher)
+        if not student.transfer_report.copied:
+            raise ValueError(f"no weight of the teacher ({type(teacher).__name__}) fits {cls.__name__}")
+        if missed := student.transfer_report.not_copied:
+            logger.warning("not copied from the teacher: %s", "; ".join(f"{k} ({why})" for k, why in missed.items()))
+        return student
+
+    @torch.no_grad()
+    def _copy_from(self, teacher: PreTrainedModel) -> TransferReport:
+        source = {k.removeprefix(f"{teacher.base_model_prefix}."): v for k, v in teacher.state_dict().items()}
+        layers = spread_layers(self.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        copied, not_copied = [], {}
+        for name, parameter in self.named_parameters():
+            theirs = source.get(self._teacher_name(name.removeprefix(f"{self.base_model_prefix}."), layers))
+            if theirs is None:
+                not_copied[name] = "the teacher has no such weight"
+            elif theirs.shape != parameter.shape:
+                not_copied[name] = f"shape {tuple(parameter.shape)}, the teacher's is {tuple(theirs.shape)}"
+            else:
+                parameter.copy_(theirs)
+                copied.append(name)
+        return TransferReport(copied, not_copied)
+
+    def _teacher_name(self, name: str, layers: list[int]) -> str:
+        path, _, leaf = name.rpartition(".")
+        layer = re.search(r"\d+", path)
+        theirs = self.teacher_names.get(re.sub(r"\d+", "{}", path), path)
+        return f"{theirs.format(layers[int(layer[0])] if layer else '')}.{leaf}"
+
+
+class SpikingEncoder(SpikingPreTrainedModel):
+    """A text encoder with BERT's embeddings and pooler around spiking layers; subclasses set `self.layers`."""
+
+    def __init__(self, config: SpikingConfig) -> None:
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.pooler = BertPooler(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    def wanted(self, attentions: bool | None, hidden_states: bool | None, spike_rates: bool | None) -> list[bool]:
+        """Which optional outputs to return: the argument, or the configuration where it is None."""
+        config = self.config
+        defaults = (config.output_attentions, config.output_hidden_states, config.output_spike_rates)
+        given = (attentions, hidden_states, spike_rates)
+        return [default if value is None else value for value, default in zip(given, defaults, strict=True)]
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, N, D] and the mask [B, N]. Positions count real tokens, so left padding changes nothing."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"{type(self).__name__}: pass exactly one of input_ids and inputs_embeds")
+        given = input_ids if input_ids is not None else inputs_embeds
+        shape = given.shape[:2]  # type: ignore[union-attr]
+        if attention_mask is None:
+            attention_mask = torch.ones(shape, dtype=torch.long, device=given.device)  # type: ignore[union-attr]
+        if attention_mask.shape != shape:
+            raise ValueError(f"attention_mask must be [B, N] = {tuple(shape)}, got {tuple(attention_mask.shape)}")
+        if shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"sequence of {shape[1]} tokens, but the model has {self.config.max_position_embeddings} positions; "
+                "tokenise with truncation=True"
+            )
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(position_ids)
+        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        return x, attention_mask
+
+
+class ForSequenceClassification:
+    """Classification or regression head on the pooled output. Mixed into a family's pre-trained base.
+
+    `problem_type` follows transformers: num_labels 1 is regression, integer labels are classes.
+    """
+
+    encoder_class: ClassVar[type[SpikingEncoder]]
+
+    def __init__(self, config: SpikingConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        setattr(self, self.base_model_prefix, self.encoder_class(config))  # type: ignore[attr-defined]
+        dropout = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()  # type: ignore[attr-defined]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_spike_rates: bool | None = None,
+    ) -> SpikingHeadOutput:
+        """input_ids, attention_mask [B, N]; labels [B] (classes, or numbers for regression) -> `SpikingHeadOutput`."""
+        encoded = self.base_model(  # type: ignore[attr-defined]
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+            output_spike_rates,
+            return_dict=True,
+        )
+        logits = self.classifier(self.dropout(encoded.pooler_output))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)  # type: ignore[attr-defined]
+        return _head_output(loss, logits, encoded)
+
+
+class ForMaskedLM:
+    """Masked-language-model head with tied embeddings. Mixed into a family's pre-trained base."""
+
+    encoder_class: ClassVar[type[SpikingEncoder]]
+
+    def __init__(self, config: SpikingConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        setattr(self, self.base_model_prefix, self.encoder_class(config))  # type: ignore[attr-defined]
+        self.cls = BertOnlyMLMHead(config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._tied_weights_keys = {  # type: ignore[attr-defined]
+            "cls.predictions.decoder.weight": f"{cls.base_model_prefix}.embeddings.word_embeddings.weight",  # type: ignore[attr-defined]
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        }
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.cls.predictions.decoder = new_embeddings
+        self.cls.predictions.bias = new_embeddings.bias
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_spike_rates: bool | None = None,
+    ) -> SpikingHeadOutput:
+        """input_ids, attention_mask [B, N]; labels [B, N], -100 where nothing is predicted -> `SpikingHeadOutput`."""
+        encoded = self.base_model(  # type: ignore[attr-defined]
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+            output_spike_rates,
+            return_dict=True,
+        )
+        logits = self.cls(encoded.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return _head_output(loss, logits, encoded)
+
+
+def _head_output(loss: Tensor | None, logits: Tensor, encoded: SpikingModelOutput) -> SpikingHeadOutput:
+    return SpikingHeadOutput(
+        loss=loss,
+        logits=logits,
+        hidden_states=encoded.hidden_states,
+        attentions=encoded.attentions,
+        spike_rates=encoded.spike_rates,
+        firing_rate=encoded.firing_rate,
+    )

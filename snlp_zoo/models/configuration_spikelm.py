@@ -1,0 +1,44 @@
+"""Configuration of SpikeLM."""
+
+from typing import get_args
+
+from huggingface_hub.dataclasses import strict
+
+from snlp_zoo.layers.neurons import ALPHA_MODES
+from snlp_zoo.models.base import SpikingConfig
+from snlp_zoo.ops.bispike import Reset
+
+
+@strict
+class SpikeLMConfig(SpikingConfig):
+    """SpikeLM: BERT whose linear layers, keys and values take ternary spikes (Xing et al. 2024, arXiv:2406.03287).
+
+    Args beyond BERT's:
+        time_steps: T, spike-time steps per token.
+        firing_k: spike amplitude in units of the mean membrane magnitude; threshold is half of it. Larger is sparser.
+        membrane_beta: share of the membrane kept by a neuron that did not fire.
+        reset: "symmetric", or "reference" for the released recursion.
+        alpha_mode: "first_batch" (as released), "ema" or "learned"; see `layers.ElasticBiSpike`.
+        alpha_momentum: share of the old amplitude kept per batch in mode "ema".
+        neuron_backend: "auto", "torch", "triton" or "cupy".
+    """
+
+    model_type = "spikelm"
+
+    firing_k: float | int = 2.0
+    membrane_beta: float | int = 0.25
+    reset: str = "symmetric"
+    alpha_mode: str = "ema"
+    alpha_momentum: float | int = 0.99
+    neuron_backend: str = "auto"
+
+    def __post_init__(self, **kwargs):
+        for name, allowed in (("reset", get_args(Reset)), ("alpha_mode", ALPHA_MODES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"spikelm: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not (self.firing_k > 0 and 0 <= self.membrane_beta <= 1 and 0 <= self.alpha_momentum <= 1):
+            raise ValueError(
+                "spikelm: firing_k must be positive, membrane_beta and alpha_momentum in [0, 1]; "
+                f"got {self.firing_k}, {self.membrane_beta}, {self.alpha_momentum}"
+            )
+        super().__post_init__(**kwargs)

@@ -1,0 +1,165 @@
+"""SpikeLM: BERT with elastic bi-spiking (Xing et al. 2024, arXiv:2406.03287).
+
+    ids -> embed -> repeat over T -> [attention -> MLP] * L -> mean over T -> pooler -> head
+Spiking: the input of every linear layer, keys and values. Real, as in the paper: embeddings, queries, softmax, GELU,
+LayerNorm, residual stream, pooler and heads.
+Differs from the authors' code: amplitudes follow the data (theirs freeze at the first batch) and ignore padding; a
+negative spike resets the membrane like a positive one. `reset="reference", alpha_mode="first_batch"` is theirs.
+Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import can_return_tuple
+
+from snlp_zoo.layers import Direct, ElasticBiSpike, SpikingLinear
+from snlp_zoo.layers.neurons import amplitudes_updated, firing_rates_recorded
+from snlp_zoo.models.base import (
+    ForMaskedLM,
+    ForSequenceClassification,
+    SpikingEncoder,
+    SpikingModelOutput,
+    SpikingPreTrainedModel,
+)
+from snlp_zoo.models.configuration_spikelm import SpikeLMConfig
+
+
+def _neuron_options(config: SpikeLMConfig) -> dict[str, Any]:
+    return {
+        "time_steps": config.time_steps,
+        "firing_k": config.firing_k,
+        "beta": config.membrane_beta,
+        "reset": config.reset,
+        "alpha_mode": config.alpha_mode,
+        "momentum": config.alpha_momentum,
+        "backend": config.neuron_backend,
+    }
+
+
+class SpikeLMAttention(nn.Module):
+    """Softmax attention of real queries over ternary keys and values, with residual and norm."""
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__()
+        size, options = config.hidden_size, _neuron_options(config)
+        self.num_heads, self.head_size = config.num_attention_heads, size // config.num_attention_heads
+        self.query = SpikingLinear(size, size, **options)
+        self.key = SpikingLinear(size, size, **options)
+        self.value = SpikingLinear(size, size, **options)
+        # re-spiked so that both attention products are additions; memoryless: beta 0
+        self.key_spikes = ElasticBiSpike(**options | {"beta": 0.0})
+        self.value_spikes = ElasticBiSpike(**options | {"beta": 0.0})
+        self.output = SpikingLinear(size, size, **options)
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(-2, -3)  # [T, B, H, N, E]
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        query = self._heads(self.query(x, mask))
+        key = self._heads(self.key_spikes(self.key(x, mask), from_rest=True, mask=mask))
+        value = self._heads(self.value_spikes(self.value(x, mask), from_rest=True, mask=mask))
+        scores = query @ key.transpose(-1, -2) * self.head_size**-0.5
+        scores = scores.masked_fill(mask[None, :, None, None, :] == 0, torch.finfo(scores.dtype).min)
+        probabilities = self.attention_dropout(scores.softmax(-1))  # [T, B, H, N, N]
+        context = (probabilities @ value).transpose(-2, -3).flatten(-2)
+        return self.norm(self.dropout(self.output(context, mask)) + x), probabilities
+
+
+class SpikeLMMLP(nn.Module):
+    """Two spiking linear layers with GELU between, with residual and norm."""
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__()
+        options = _neuron_options(config)
+        self.up = SpikingLinear(config.hidden_size, config.intermediate_size, **options)
+        self.down = SpikingLinear(config.intermediate_size, config.hidden_size, **options)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.norm(self.dropout(self.down(nn.functional.gelu(self.up(x, mask)), mask)) + x)
+
+
+class SpikeLMBlock(GradientCheckpointingLayer):
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__()
+        self.attention = SpikeLMAttention(config)
+        self.mlp = SpikeLMMLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, B, N, D], mask [B, N] -> x [T, B, N, D], attention probabilities [T, B, H, N, N]."""
+        x, probabilities = self.attention(x, mask)
+        return self.mlp(x, mask), probabilities
+
+
+class SpikeLMPreTrainedModel(SpikingPreTrainedModel):
+    config: SpikeLMConfig
+    base_model_prefix = "spikelm"
+    _no_split_modules = ("SpikeLMBlock",)
+    teacher_names = {
+        "layers.{}.attention.query": "encoder.layer.{}.attention.self.query",
+        "layers.{}.attention.key": "encoder.layer.{}.attention.self.key",
+        "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
+        "layers.{}.attention.output": "encoder.layer.{}.attention.output.dense",
+        "layers.{}.attention.norm": "encoder.layer.{}.attention.output.LayerNorm",
+        "layers.{}.mlp.up": "encoder.layer.{}.intermediate.dense",
+        "layers.{}.mlp.down": "encoder.layer.{}.output.dense",
+        "layers.{}.mlp.norm": "encoder.layer.{}.output.LayerNorm",
+    }
+
+
+class SpikeLMModel(SpikeLMPreTrainedModel, SpikingEncoder):
+    """The encoder without a head."""
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(SpikeLMBlock(config) for _ in range(config.num_hidden_layers))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_spike_rates: bool | None = None,
+    ) -> SpikingModelOutput:
+        """input_ids, attention_mask (1 for real tokens), token_type_ids [B, N] -> `SpikingModelOutput`."""
+        want_attentions, want_hidden, want_rates = self.wanted(output_attentions, output_hidden_states, output_spike_rates)
+        x, mask = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        coding = Direct(self.config.time_steps)
+        hidden_states, attentions = [x], []
+        with amplitudes_updated(self), firing_rates_recorded(self, mask, want_rates) as rates:
+            x = coding.encode(x)
+            for layer in self.layers:
+                x, probabilities = layer(x, mask)
+                if want_hidden:
+                    hidden_states.append(coding.decode(x))
+                if want_attentions:
+                    attentions.append(coding.decode(probabilities))
+        last = coding.decode(x)
+        return SpikingModelOutput(
+            last_hidden_state=last,
+            pooler_output=self.pooler(last),
+            hidden_states=tuple(hidden_states) if want_hidden else None,
+            attentions=tuple(attentions) if want_attentions else None,
+            **rates,
+        )
+
+
+class SpikeLMForSequenceClassification(ForSequenceClassification, SpikeLMPreTrainedModel):
+    encoder_class = SpikeLMModel
+
+
+class SpikeLMForMaskedLM(ForMaskedLM, SpikeLMPreTrainedModel):
+    encoder_class = SpikeLMModel

@@ -1,0 +1,235 @@
+"""Finds models and zoo entries by file name. Adding a model or an entry is adding files; there is no list to edit.
+
+models/configuration_x.py + models/modeling_x.py are a model, zoo_configs/x.yaml is an entry.
+"""
+
+import pkgutil
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from snlp_zoo import models
+from snlp_zoo.errors import CheckpointError, RecipeError
+from snlp_zoo.models.base import SpikingConfig, make_config
+
+Task = Literal["sequence-classification", "masked-lm", "encoder"]
+_TASKS: dict[str, tuple[str, Any]] = {  # task -> (ending of the class name, transformers Auto class)
+    "sequence-classification": ("ForSequenceClassification", AutoModelForSequenceClassification),
+    "masked-lm": ("ForMaskedLM", AutoModelForMaskedLM),
+    "encoder": ("Model", AutoModel),
+}
+
+
+class Entry(BaseModel):
+    """One zoo entry: the data of zoo_configs/<name>.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_type: str
+    config: dict[str, Any]
+    task: Task = "sequence-classification"
+    description: str = ""
+    recipe: str | None = None
+    source: dict[str, str] = {}
+    results: list[dict[str, Any]] = []
+
+
+def zoo_folder() -> Path:
+    """Where zoo_configs lies: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "zoo_configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "zoo_configs"
+
+
+@cache
+def model_classes() -> dict[str, dict[str, type]]:
+    """model_type -> {"config": class, task: class, ...}, from the files in models/."""
+    found: dict[str, dict[str, type]] = {}
+    for module_info in pkgutil.iter_modules(models.__path__):
+        kind, _, name = module_info.name.partition("_")
+        if kind == "modeling":
+            configuration = import_module(f"{models.__name__}.configuration_{name}")
+            modeling = import_module(f"{models.__name__}.{module_info.name}")
+            config = next(c for c in _defined_in(configuration) if issubclass(c, SpikingConfig))
+            stem = config.__name__.removesuffix("Config")
+            classes = {c.__name__: c for c in _defined_in(modeling)}
+            tasks = {task: classes[stem + end] for task, (end, _) in _TASKS.items() if stem + end in classes}
+            found[config.model_type] = {"config": config, **tasks}
+    return found
+
+
+def _defined_in(module: Any) -> list[type]:
+    return [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+
+
+def register() -> None:
+    """Make every model known to transformers' Auto classes; called once, on `import snlp_zoo`."""
+    for model_type, classes in model_classes().items():
+        AutoConfig.register(model_type, classes["config"], exist_ok=True)
+        for task, (_, auto) in _TASKS.items():
+            if task in classes:
+                auto.register(classes["config"], classes[task], exist_ok=True)
+
+
+def list_entries() -> list[str]:
+    """Names of all zoo entries, sorted."""
+    return sorted(path.stem for path in zoo_folder().glob("*.yaml"))
+
+
+def unknown(kind: str, name: str, known: list[str]) -> RecipeError:
+    """The error for a name nobody knows, with the nearest ones."""
+    nearest = get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {', '.join(known)}"
+    return RecipeError(f"unknown {kind} {name!r}; {hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        RecipeError: missing file, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold 'key: value' lines at the top, found {type(content).__name__}")
+    return content
+
+
+def explain_validation(where: str, error: ValidationError, model: type[BaseModel]) -> RecipeError:
+    """All of pydantic's complaints in one sentence each, with the nearest valid key for unknown ones."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            nearest = get_close_matches(str(problem["loc"][-1]), _keys_at(model, problem["loc"][:-1]), n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            lines.append(f"{path}: unknown key{hint}")
+        else:
+            value = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+            lines.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}{value}")
+    return RecipeError(f"{where}: " + "; ".join(lines))
+
+
+def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    schema = model.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in path:
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        options = [node, *node.get("anyOf", []), *node.get("allOf", [])]
+        reference = next((option["$ref"] for option in options if "$ref" in option), None)
+        node = schema["$defs"][reference.rsplit("/", 1)[-1]] if reference else node
+    return list(node.get("properties", {}))
+
+
+def load_entry(name: str, path: Path | None = None) -> Entry:
+    """The zoo entry called `name` (or the one in the file `path`).
+
+    Raises:
+        RecipeError: unknown entry (with the nearest names), unknown key, or unknown model_type.
+    """
+    if path is None and name not in list_entries():
+        raise unknown("zoo entry", name, list_entries())
+    path = path or zoo_folder() / f"{name}.yaml"
+    try:
+        entry = Entry.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise explain_validation(str(path.name), error, Entry) from error
+    if entry.model_type not in model_classes():
+        raise unknown("model_type", entry.model_type, list(model_classes()))
+    return entry
+
+
+def build_config(model_type: str, values: dict[str, Any]) -> SpikingConfig:
+    """A checked configuration of a family.
+
+    Raises:
+        RecipeError: unknown field (with the nearest), wrong type, or value out of bounds.
+    """
+    try:
+        return make_config(model_classes()[model_type]["config"], **values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"config: {' '.join(str(error).split())}") from error
+
+
+def build(entry: str, *, task: Task | None = None, **overrides: Any) -> PreTrainedModel:
+    """A freshly initialised model of a zoo entry, in evaluation mode.
+
+    Args:
+        entry: name of a zoo entry, see `list_entries`.
+        task: "sequence-classification", "masked-lm" or "encoder"; None takes the entry's own.
+        overrides: configuration fields to change, e.g. time_steps=2.
+    Raises:
+        RecipeError: unknown entry, field or task.
+    """
+    found = load_entry(entry)
+    classes = model_classes()[found.model_type]
+    task = task or found.task
+    if task not in classes or task == "config":
+        raise unknown("task", task, [name for name in classes if name != "config"])
+    return classes[task](build_config(found.model_type, found.config | overrides)).eval()
+
+
+def load(path_or_entry: str | Path, **options: Any) -> PreTrainedModel:
+    """A trained model, in evaluation mode, with the head it was saved with.
+
+    Args:
+        path_or_entry: a saved folder (a run folder's `model`), or a zoo entry trained into runs/<entry>.
+        options: passed to `from_pretrained` (dtype, device_map, ...).
+    Raises:
+        CheckpointError: no such folder or trained entry, damaged weights, missing or misshapen tensors.
+    """
+    folder = find_checkpoint(path_or_entry)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        architecture = (config.architectures or ["?"])[0]
+        classes = model_classes().get(config.model_type, {})
+        model_class = next((c for c in classes.values() if c.__name__ == architecture), None)
+        if model_class is None:
+            raise CheckpointError(f"{folder} holds a {architecture}, not a model of this zoo")
+        model, report = model_class.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers, safetensors, json and huggingface_hub each raise their own
+        raise CheckpointError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+    if wrong := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
+        raise CheckpointError(f"{folder}: weights are missing or misshapen: {', '.join(wrong[:5])}")
+    return model.eval()
+
+
+def find_checkpoint(path_or_entry: str | Path) -> Path:
+    """The folder with config.json and weights for a path or a trained zoo entry.
+
+    Raises:
+        CheckpointError: there is none; says how to get one.
+    """
+    name = str(path_or_entry)
+    candidates = [Path(name), Path(name) / "model", Path("runs") / name / "model"]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    if name in list_entries():
+        raise CheckpointError(
+            f"{name} has no trained checkpoint in runs/{name}; train it with 'snlp-zoo distill {name}', "
+            f"or use snlp_zoo.build({name!r}) for fresh weights"
+        )
+    if Path(name).exists():
+        raise CheckpointError(f"{name} is not a saved model: it has no config.json")
+    nearest = get_close_matches(name, list_entries(), n=3)
+    hint = f"; did you mean the zoo entry {' or '.join(nearest)}?" if nearest else ""
+    raise CheckpointError(f"no folder and no zoo entry called {name!r}{hint}")

@@ -1,11 +1,39 @@
-"""Spiking language models that load, train, distil and predict like any other transformers model."""
+"""Spiking language models that load, train, distil and predict like any other transformers model.
 
-from importlib import import_module
+`import snlp_zoo` registers every model with transformers' Auto classes and pipelines.
+"""
+
+import warnings
 from typing import TYPE_CHECKING, Any
-from warnings import warn
+
+from snlp_zoo.doctor import torchvision_mismatch
+from snlp_zoo.errors import SnlpError
 
 if TYPE_CHECKING:
-    from snlp_zoo.models.modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
-    from snlp_zoo.registry import build, list_entries, load
+    from snlp_zoo.registry import build as build
+    from snlp_zoo.registry import list_entries as list_entries
+    from snlp_zoo.registry import load as load
+    from snlp_zoo.train.run import distill as distill
 
 __version__ = "0.1.0"
+__all__ = ["SnlpError", "build", "distill", "list_entries", "load"]
+
+if (_mismatch := torchvision_mismatch()) is None:
+    from snlp_zoo import registry
+
+    registry.register()
+else:  # transformers itself cannot be imported; `snlp-zoo doctor` still can say so
+    warnings.warn(_mismatch, ImportWarning, stacklevel=2)
+
+
+def __getattr__(name: str) -> Any:
+    """Public names on demand: training brings in accelerate, which loading a model does not need."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _mismatch is not None:
+        raise ImportError(_mismatch)
+    if name == "distill":
+        from snlp_zoo.train.run import distill
+
+        return distill
+    return getattr(registry, name)

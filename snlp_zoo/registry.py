@@ -53,9 +53,9 @@ def zoo_folder() -> Path:
 
 
 @cache
-def model_classes() -> dict[str, dict[str, type]]:
+def model_classes() -> dict[str, dict[str, Any]]:
     """model_type -> {"config": class, task: class, ...}, from the files in models/."""
-    found: dict[str, dict[str, type]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for module_info in pkgutil.iter_modules(models.__path__):
         kind, _, name = module_info.name.partition("_")
         if kind == "modeling":

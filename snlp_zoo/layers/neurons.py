@@ -214,7 +214,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             self.register_buffer("alpha", alpha)
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("magnitude", torch.zeros(time_steps))
-        self.tokens: Tensor | None = None  # how many tokens this process measured in its last forward
+        self.tokens = torch.zeros(())  # how many tokens this process measured in its last forward
 
     def extra_repr(self) -> str:
         return (
@@ -226,7 +226,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         """Amplitudes repeat every T steps. `mask` ([B, N], 1 for real tokens) keeps padding out of what is measured."""
         (current,), (v, step) = inputs, states
         index = [(step + t) % self.time_steps for t in range(len(current))]
-        options = {"beta": self.beta, "reset": self.reset_kind, "backend": self.backend}
+        options: dict[str, Any] = {"beta": self.beta, "reset": self.reset_kind, "backend": self.backend}
         if self.training and not self._is_initialized():
             self._initialize(current.detach(), v, index, mask, options)
         alpha = self.alpha[index]  # a copy: a later update must not reach into this call's backward
@@ -294,11 +294,10 @@ def amplitudes_updated(net: nn.Module) -> Iterator[None]:
         if node._is_initialized() and node.magnitude.any():
             node.alpha.lerp_(node.firing_k * node.magnitude, 1 - node.momentum)
     yield
-    measured = [node for node in nodes if node.tokens is not None]
-    if measured and dist.is_initialized():
-        totals = [torch.cat([node.magnitude * node.tokens, node.tokens[None]]) for node in measured]
-        dist.all_reduce(packed := torch.cat(totals))
-        for node, total in zip(measured, packed.split([len(t) for t in totals]), strict=True):
+    if nodes and dist.is_initialized():
+        sums = [torch.cat([node.magnitude * node.tokens, node.tokens[None]]) for node in nodes]
+        dist.all_reduce(packed := torch.cat(sums))
+        for node, total in zip(nodes, packed.split([len(s) for s in sums]), strict=True):
             node.magnitude.copy_(total[:-1] / total[-1])
 
 

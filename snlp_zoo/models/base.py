@@ -70,6 +70,12 @@ class SpikingConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
 
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes in order; one for regression."""
+        names: dict[Any, str] = self.id2label or {}
+        return [names[i] for i in sorted(names)]
+
 
 def make_config(config_class: type[SpikingConfig], **values: Any) -> SpikingConfig:
     """A configuration from keyword values, refusing names it does not have (transformers keeps typos silently).
@@ -77,7 +83,7 @@ def make_config(config_class: type[SpikingConfig], **values: Any) -> SpikingConf
     Raises:
         ValueError: unknown name (with the nearest one), or a value out of bounds.
     """
-    known = {field.name for field in fields(config_class)} | {"num_labels", "attn_implementation"}  # type: ignore[arg-type]
+    known = {field.name for field in fields(config_class)} | {"num_labels", "attn_implementation"}
     for name in values.keys() - known:
         nearest = get_close_matches(name, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -156,21 +162,23 @@ class SpikingPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: unknown configuration field, or a teacher without a single matching weight.
         """
-        shared = {f.name for f in fields(cls.config_class)} & {f.name for f in fields(SpikingConfig)}  # type: ignore[arg-type]
+        config_class: Any = cls.config_class
+        shared = {f.name for f in fields(config_class)} & {f.name for f in fields(SpikingConfig)}
         shared -= {"hidden_dropout_prob", "attention_probs_dropout_prob", "output_spike_rates", "time_steps"}
         inherited = {name: getattr(teacher.config, name) for name in shared if hasattr(teacher.config, name)}
         if "num_labels" not in config:
             inherited |= {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
-        student = cls(make_config(cls.config_class, **(inherited | config)))
-        student.transfer_report = student._copy_from(teacher)
-        if not student.transfer_report.copied:
-            raise ValueError(f"no weight of the teacher ({type(teacher).__name__}) fits {cls.__name__}")
-        if missed := student.transfer_report.not_copied:
-            logger.warning("not copied from the teacher: %s", "; ".join(f"{k} ({why})" for k, why in missed.items()))
+        student = cls(make_config(config_class, **(inherited | config)))
+        student.copy_from(teacher)
         return student
 
     @torch.no_grad()
-    def _copy_from(self, teacher: PreTrainedModel) -> TransferReport:
+    def copy_from(self, teacher: PreTrainedModel) -> TransferReport:
+        """Copy a BERT-like teacher's weights in place; `from_teacher` without making the student.
+
+        Raises:
+            ValueError: not a single weight matches.
+        """
         source = {k.removeprefix(f"{teacher.base_model_prefix}."): v for k, v in teacher.state_dict().items()}
         layers = spread_layers(self.config.num_hidden_layers, teacher.config.num_hidden_layers)
         copied, not_copied = [], {}
@@ -183,7 +191,13 @@ class SpikingPreTrainedModel(PreTrainedModel):
             else:
                 parameter.copy_(theirs)
                 copied.append(name)
-        return TransferReport(copied, not_copied)
+        if not copied:
+            raise ValueError(f"no weight of the teacher ({type(teacher).__name__}) fits {type(self).__name__}")
+        if not_copied:
+            reasons = "; ".join(f"{name} ({why})" for name, why in not_copied.items())
+            logger.warning("not copied from the teacher: %s", reasons)
+        self.transfer_report = TransferReport(copied, not_copied)
+        return self.transfer_report
 
     def _teacher_name(self, name: str, layers: list[int]) -> str:
         path, _, leaf = name.rpartition(".")
@@ -204,7 +218,7 @@ class SpikingEncoder(SpikingPreTrainedModel):
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     def wanted(self, attentions: bool | None, hidden_states: bool | None, spike_rates: bool | None) -> list[bool]:
         """Which optional outputs to return: the argument, or the configuration where it is None."""
@@ -256,7 +270,7 @@ class ForSequenceClassification:
         setattr(self, self.base_model_prefix, self.encoder_class(config))  # type: ignore[attr-defined]
         dropout = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, len(config.label_names))
         self.post_init()  # type: ignore[attr-defined]
 
     @can_return_tuple
@@ -311,8 +325,8 @@ class ForMaskedLM:
         return self.cls.predictions.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.cls.predictions.decoder = new_embeddings
-        self.cls.predictions.bias = new_embeddings.bias
+        self.cls.predictions.decoder = new_embeddings  # type: ignore[assignment]
+        self.cls.predictions.bias = new_embeddings.bias  # type: ignore[assignment]
 
     @can_return_tuple
     def forward(

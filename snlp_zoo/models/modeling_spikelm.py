@@ -8,7 +8,7 @@ negative spike resets the membrane like a positive one. `reset="reference", alph
 Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +101,8 @@ class SpikeLMBlock(GradientCheckpointingLayer):
 class SpikeLMPreTrainedModel(SpikingPreTrainedModel):
     config: SpikeLMConfig
     base_model_prefix = "spikelm"
-    _no_split_modules = ("SpikeLMBlock",)
-    teacher_names = {
+    _no_split_modules: ClassVar[list[str]] = ["SpikeLMBlock"]
+    teacher_names: ClassVar[dict[str, str]] = {
         "layers.{}.attention.query": "encoder.layer.{}.attention.self.query",
         "layers.{}.attention.key": "encoder.layer.{}.attention.self.key",
         "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
@@ -135,7 +135,9 @@ class SpikeLMModel(SpikeLMPreTrainedModel, SpikingEncoder):
         output_spike_rates: bool | None = None,
     ) -> SpikingModelOutput:
         """input_ids, attention_mask (1 for real tokens), token_type_ids [B, N] -> `SpikingModelOutput`."""
-        want_attentions, want_hidden, want_rates = self.wanted(output_attentions, output_hidden_states, output_spike_rates)
+        want_attentions, want_hidden, want_rates = self.wanted(
+            output_attentions, output_hidden_states, output_spike_rates
+        )
         x, mask = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         coding = Direct(self.config.time_steps)
         hidden_states, attentions = [x], []

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: one rule for every op, and one clear error.
 
-An op's folder holds `reference.py` (the specification, a plain loop), `analytic.py` (backend "torch": analytic backward, any device) and,
-where they exist, `triton.py` and `cupy.py`. A kernel's third party is imported only when that kernel is chosen.
+An op's folder holds `reference.py` (the specification, a plain loop), `analytic.py` (backend "torch": analytic
+backward, any device) and, where they exist, `triton.py` and `cupy.py`. A kernel's third party is imported only when
+that kernel is chosen.
 """
 
 from importlib.util import find_spec

@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from snlp_zoo.ops.backend import resolve
-from snlp_zoo.ops.bispike.reference import ALPHA_FLOOR, BiSpikeOutput, Reset, elastic_bispike_reference
 from snlp_zoo.ops.bispike.analytic import elastic_bispike_analytic
+from snlp_zoo.ops.bispike.reference import ALPHA_FLOOR, BiSpikeOutput, Reset, elastic_bispike_reference
 
-__all__ = ["ALPHA_FLOOR", "BiSpikeOutput", "Reset", "elastic_bispike", "elastic_bispike_measured", "elastic_bispike_reference"]
+__all__ = [
+    "ALPHA_FLOOR",
+    "BiSpikeOutput",
+    "Reset",
+    "elastic_bispike",
+    "elastic_bispike_measured",
+    "elastic_bispike_reference",
+]
 
 
 def elastic_bispike(

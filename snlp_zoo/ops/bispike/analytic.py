@@ -50,7 +50,10 @@ class _BiSpike(torch.autograd.Function):
             carry = _carry(fired, alpha[t], ctx.beta, ctx.reset, ctx.dtype)
             torch.addcmul(grad_v * carry, grad_spikes[t], inside, out=grad_current[t])
             grad_v = grad_current[t]
-        grad_alpha = _grad_alpha(grad_spikes, flags, alpha, *inputs, ctx.beta, ctx.reset) if inputs else None
+        grad_alpha = None
+        if inputs:
+            current, v_init = inputs
+            grad_alpha = _grad_alpha(grad_spikes, flags, alpha, current, v_init, ctx.beta, ctx.reset)
         return grad_current, grad_v, grad_alpha, None, None, None
 
 

@@ -53,10 +53,7 @@ def elastic_bispike_reference(
     for current_t, alpha_t in zip(current, alpha, strict=True):
         m = v + current_t
         s = _Quantise.apply(m, alpha_t.clamp_min(ALPHA_FLOOR))
-        if reset == "symmetric":
-            carry = beta * (s == 0).to(m.dtype)
-        else:
-            carry = beta * (alpha_t - s)
+        carry = beta * ((s == 0).to(m.dtype) if reset == "symmetric" else alpha_t - s)
         v = m * carry.detach()
         spikes.append(s)
     return BiSpikeOutput(torch.stack(spikes), v)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from snlp_zoo.ops.backend import resolve
-from snlp_zoo.ops.lif.reference import LIFOutput, lif_reference
 from snlp_zoo.ops.lif.analytic import lif_analytic
+from snlp_zoo.ops.lif.reference import LIFOutput, lif_reference
 from snlp_zoo.ops.surrogates import Surrogate, as_surrogate
 
 __all__ = ["LIFOutput", "lif", "lif_reference"]

@@ -1,0 +1,185 @@
+"""The command line: `snlp-zoo`. Results go to standard output, progress and warnings to standard error."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from snlp_zoo.errors import SnlpError
+
+app = typer.Typer(
+    help="Spiking language models: list, train, evaluate, predict.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one sentence and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except SnlpError as error:
+        typer.echo(f"snlp-zoo: {error}", err=True)
+        sys.exit(2)
+
+
+def _quiet_transformers() -> None:
+    """Its load reports and progress bars say nothing that this program does not say itself."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _print(result: dict[str, Any], as_json: bool, table: Table) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        Console().print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return table
+
+
+@app.command("list")
+def list_(json_: JsonFlag = False) -> None:
+    """List the zoo's entries."""
+    from snlp_zoo import registry
+
+    entries = {name: registry.load_entry(name) for name in registry.list_entries()}
+    table = _table("Zoo entries", "entry", "model", "recipe", "what it is")
+    for name, entry in entries.items():
+        table.add_row(name, entry.model_type, entry.recipe or "-", entry.description)
+    rows = [{"name": name, "model_type": e.model_type, "recipe": e.recipe} for name, e in entries.items()]
+    _print({"entries": rows}, json_, table)
+
+
+@app.command()
+def info(entry: str, json_: JsonFlag = False) -> None:
+    """Show one entry: its configuration, size, source and results."""
+    import torch
+
+    from snlp_zoo import registry
+
+    found = registry.load_entry(entry)
+    config = registry.build_config(found.model_type, found.config)
+    with torch.device("meta"):
+        parameters = registry.model_classes()[found.model_type][found.task](config).num_parameters()
+    result = {"name": entry, "parameters": parameters, **found.model_dump()}
+    table = _table(entry, "field", "value")
+    for key in ("description", "model_type", "task", "parameters", "recipe"):
+        table.add_row(key, str(result[key]))
+    for key, value in {**found.config, **found.source}.items():
+        table.add_row(key, str(value))
+    for row in found.results:
+        table.add_row("result", ", ".join(f"{k} {v}" for k, v in row.items()))
+    _print(result, json_, table)
+
+
+@app.command()
+def distill(
+    entry_or_recipe: Annotated[str, typer.Argument(help="A zoo entry with a recipe, or a recipe file.")],
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value: train.batch_size=16")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Train a spiking student from its teacher and print the final table."""
+    _quiet_transformers()
+    from snlp_zoo.train.run import distill as run
+
+    summary = run(entry_or_recipe, output_dir=output_dir, overrides=set_, resume=resume)
+    if summary:  # rank 0
+        _print(summary, json_, _summary_table(summary))
+
+
+def _summary_table(summary: dict[str, Any]) -> Table:
+    """One column per contestant; the rest of the summary below."""
+    people = [who for who in ("teacher", "student", "baseline") if any(k.startswith(f"{who}_") for k in summary)]
+    metrics = [key.removeprefix("student_") for key in summary if key.startswith("student_")]
+    title = f"{summary['name']}: {summary['test_examples']} test examples, {summary['seconds']:.0f} s"
+    table = _table(title, "", *("bag of words" if who == "baseline" else who for who in people))
+    for metric in metrics:
+        values = [summary.get(f"{who}_{metric}") for who in people]
+        table.add_row(metric.replace("_", " "), *("-" if v is None else f"{100 * v:.1f} %" for v in values))
+    cells: dict[str, dict[str, str]] = {
+        "parameters": {"teacher": f"{summary['teacher_parameters']:,}", "student": f"{summary['parameters']:,}"},
+        "time steps": {"student": str(summary["time_steps"])},
+        "firing rate": {"student": f"{100 * summary['firing_rate']:.1f} %"},
+    }
+    for name, shown in cells.items():
+        table.add_row(name, *(shown.get(who, "-") for who in people))
+    table.caption = f"saved in {summary['path']}"
+    table.caption_justify = "left"
+    return table
+
+
+@app.command()
+def evaluate(
+    path_or_entry: Annotated[str, typer.Argument(help="A saved folder, or a zoo entry trained into runs/.")],
+    data: Annotated[str, typer.Option(help="A labelled .tsv, .csv or .jsonl file (also .gz, .xz).")],
+    text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    text_pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
+    label: Annotated[str, typer.Option(help="Column of the label.")] = "label",
+    json_: JsonFlag = False,
+) -> None:
+    """Score a trained model on a file."""
+    _quiet_transformers()
+    from snlp_zoo.train.run import evaluate_checkpoint
+
+    scores = evaluate_checkpoint(path_or_entry, data, text=text, text_pair=text_pair, label=label)
+    table = _table(scores["path"], "metric", "value")
+    for key, value in scores.items():
+        if key != "path":
+            table.add_row(key, f"{100 * value:.1f} %" if isinstance(value, float) else str(value))
+    _print(scores, json_, table)
+
+
+@app.command()
+def predict(
+    path_or_entry: Annotated[str, typer.Argument(help="A saved folder, or a zoo entry trained into runs/.")],
+    texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    json_: JsonFlag = False,
+) -> None:
+    """Classify texts with a trained model."""
+    _quiet_transformers()
+    from snlp_zoo.predict import predict as run
+
+    predictions = run(path_or_entry, texts)
+    table = _table(path_or_entry, "text", "label", "score", "firing rate")
+    for row in predictions:
+        table.add_row(row["text"], row["label"], f"{row['score']:.3f}", f"{100 * row['firing_rate']:.1f} %")
+    _print({"predictions": predictions}, json_, table)
+
+
+@app.command()
+def doctor(json_: JsonFlag = False) -> None:
+    """Show versions, devices, the backend each op chooses and why, and problems."""
+    from snlp_zoo.doctor import examine
+
+    report = examine()
+    table = _table("snlp-zoo doctor", "what", "found")
+    table.add_row("python", report["python"])
+    for name, found in report["packages"].items():
+        table.add_row(name, found or "not installed")
+    for name, value in report.get("devices", {}).items():
+        table.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
+    for op, choice in report.get("backends", {}).items():
+        table.add_row(f"op {op} on {choice['device']}", f"{choice['backend']} ({choice['reason']})")
+    for problem in report["problems"] or ["none found"]:
+        table.add_row("problems", problem)
+    _print(report, json_, table)
+    if report["problems"]:
+        raise typer.Exit(1)

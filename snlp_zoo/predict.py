@@ -1,0 +1,56 @@
+"""Predictions of a saved model for single texts, without anything that training needs."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from snlp_zoo import registry
+from snlp_zoo.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def predict(path_or_entry: str | Path, texts: list[str]) -> list[dict[str, Any]]:
+    """Label, score and firing rate of each text.
+
+    Args:
+        path_or_entry: a saved folder, or a zoo entry trained into runs/<entry>.
+    Returns:
+        One mapping per text: text, label, score (probability of the label, or the predicted number for regression),
+        firing_rate (share of neurons that fired, over sites and steps), truncated (whether the text was cut).
+    Raises:
+        CheckpointError: no such model, or it is damaged.
+        DataError: an empty text.
+    """
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise DataError(f"text {number} of {len(texts)} is empty; give it at least one word")
+    folder = registry.find_checkpoint(path_or_entry)
+    model = registry.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    predictions = []
+    for number, text in enumerate(texts, start=1):
+        length = len(tokenizer(text, verbose=False)["input_ids"])
+        if length > limit:
+            logger.warning("text %d has %d tokens and was cut at %d", number, length, limit)
+        inputs = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
+        output = model(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, output_spike_rates=True)
+        logits = output.logits[0]
+        best = int(logits.argmax())
+        score = (logits if len(logits) == 1 else logits.softmax(-1))[best].item()
+        rate = output.firing_rate.item()
+        predictions.append(
+            {
+                "text": text,
+                "label": model.config.label_names[best],
+                "score": score,
+                "firing_rate": rate,
+                "truncated": length > limit,
+            }
+        )
+    return predictions

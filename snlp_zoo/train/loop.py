@@ -1,0 +1,291 @@
+"""The one training loop, on Accelerate: teachers are tuned and students are distilled by it.
+
+    batches -> losses per objective -> weighted over ranks and accumulation -> step -> evaluate -> checkpoint
+
+Everything that decides the next step lies in the checkpoint, so a resumed run continues bit for bit on a CPU.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.utils import set_seed, tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, get_scheduler
+
+from snlp_zoo.distill.distiller import Distiller
+from snlp_zoo.errors import CheckpointError, DataError
+from snlp_zoo.train.files import recover_folder, replace_folder
+from snlp_zoo.train.metrics import score
+from snlp_zoo.train.recipe import TrainPart
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """The accelerator of a run. A loader's batch is the global one; every rank gets its slice of it."""
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=True),
+        step_scheduler_with_optimizer=False,
+    )
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0  # optimiser steps done
+    epoch: int = 0
+    batch: int = 0  # batches done in this epoch
+    best: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    done: bool = False
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoader, label: str) -> dict[str, float]:
+    """Scores of a model over a prepared loader, and its firing rate if it spikes. Equal on every rank.
+
+    Args:
+        model: unwrapped; its training mode is restored.
+        label: what the progress bar says.
+    """
+    was_training = model.training
+    model.eval()
+    spikes = {"output_spike_rates": True} if hasattr(model.config, "time_steps") else {}
+    logits: dict[int, np.ndarray] = {}
+    labels: dict[int, Any] = {}
+    rates = torch.zeros(2, device=accelerator.device)  # firing rate times tokens, tokens
+    for batch in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
+        output = model(**{k: batch[k] for k in _INPUTS if k in batch}, **spikes)
+        if spikes:
+            tokens = batch["attention_mask"].sum()
+            rates += torch.stack([output.firing_rate * tokens, tokens])
+        gathered = accelerator.gather((batch["index"], output.logits.float(), batch["labels"]))
+        for index, row, target in zip(*(t.cpu().numpy() for t in gathered), strict=True):
+            logits[int(index)], labels[int(index)] = row, target  # a rank may see an example twice; it counts once
+    model.train(was_training)
+    order = sorted(logits)
+    scores = score(np.stack([logits[i] for i in order]), np.stack([labels[i] for i in order]))
+    if spikes:
+        rates = accelerator.reduce(rates, "sum")
+        scores["firing_rate"] = float(rates[0] / rates[1])
+    return scores
+
+
+class Trainer:
+    """Trains a `Distiller`; see the module's first lines.
+
+    Args:
+        weights: objective name -> weight, in the distiller's order.
+        folder: `metrics.jsonl`, `checkpoints/` and the best `model/` go here (rank 0 writes).
+        save_model: writes the student and what belongs to it into a folder.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        distiller: Distiller,
+        loaders: tuple[DataLoader, DataLoader],
+        settings: TrainPart,
+        weights: dict[str, float],
+        folder: Path,
+        save_model: Callable[[Path], None],
+    ) -> None:
+        self.accelerator, self.settings, self.folder, self.save_model = accelerator, settings, folder, save_model
+        self.names, self.progress = list(weights), Progress()
+        if settings.freeze_embeddings:
+            distiller.student.base_model.embeddings.requires_grad_(False)
+        optimizer = torch.optim.AdamW(_parameter_groups(distiller, settings), lr=settings.learning_rate, fused=True)
+        accelerator.free_memory()
+        self.module, self.optimizer, self.loader, self.eval_loader = accelerator.prepare(distiller, optimizer, *loaders)
+        self.distiller: Distiller = accelerator.unwrap_model(self.module)
+        self.weights = torch.tensor(list(weights.values()), device=accelerator.device)
+        per_epoch = -(-len(self.loader) // settings.gradient_accumulation_steps)
+        self.total_steps = min(settings.max_steps or per_epoch * settings.epochs, per_epoch * settings.epochs)
+        self.eval_steps, self.save_steps = settings.eval_steps or per_epoch, settings.save_steps or per_epoch
+        warmup = round(settings.warmup_ratio * self.total_steps)
+        schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        self.scheduler = get_scheduler(schedule, self.optimizer, warmup, self.total_steps)
+        # ranks start from the same weights and draw different dropout masks
+        set_seed(settings.seed, device_specific=True)
+
+    def run(self, resume: bool, label: str) -> Progress:
+        """Train to the end, or from the last checkpoint to the end."""
+        if resume:
+            self._load_checkpoint()
+        self._trim_metrics()
+        progress = self.progress
+        bar = tqdm(total=self.total_steps, initial=progress.step, desc=label, mininterval=1.0, disable=None)
+        while not progress.done:
+            self.loader.set_epoch(progress.epoch)
+            batches = skip_first_batches(self.loader, progress.batch) if progress.batch else self.loader
+            for window in _windows(iter(batches), self.settings.gradient_accumulation_steps):
+                losses = self._step(window)
+                bar.update()
+                self._after_step(losses, len(window))
+                if progress.done:
+                    break
+            else:
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+        bar.close()
+        return progress
+
+    def _step(self, window: list[dict[str, Tensor]]) -> Tensor:
+        """One optimiser step over the batches of an accumulation window; the objectives' global means [objectives]."""
+        self.module.train()
+        counts = torch.stack([self.distiller.counts(batch) for batch in window])
+        totals = self.accelerator.reduce(counts.sum(0), "sum")
+        # a mean of unequal ranks' means is not the mean: each micro-batch counts by its share of the whole
+        shares = counts / totals.clamp_min(1)
+        means = torch.zeros_like(self.weights)
+        for i, (batch, share) in enumerate(zip(window, shares, strict=True)):
+            with _no_sync(self.accelerator, self.module, i < len(window) - 1):
+                losses = self.module(batch) * share
+                # gradients are averaged over ranks, the shares already add up to one
+                self.accelerator.backward((losses * self.weights).sum() * self.accelerator.num_processes)
+            means += losses.detach()
+        self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return means
+
+    def _after_step(self, losses: Tensor, batches: int) -> None:
+        progress, settings = self.progress, self.settings
+        progress.step, progress.batch = progress.step + 1, progress.batch + batches
+        progress.done = progress.step >= self.total_steps
+        if progress.step % settings.logging_steps == 0 or progress.done:
+            self._log_losses(losses)
+        if progress.step % self.eval_steps == 0 or progress.done:
+            self._evaluate()
+        if progress.step % self.save_steps == 0 or progress.done:
+            self._save_checkpoint()
+
+    def _log_losses(self, losses: Tensor) -> None:
+        losses = self.accelerator.reduce(losses, "sum")
+        if not torch.isfinite(losses).all():
+            raise DataError(
+                f"the loss is not finite at step {self.progress.step}: "
+                f"{dict(zip(self.names, losses.tolist(), strict=True))}; lower train.learning_rate"
+            )
+        terms = {name: round(value, 7) for name, value in zip(self.names, losses.tolist(), strict=True)}
+        total = round(float((losses * self.weights).sum()), 7)
+        self._write(
+            {"step": self.progress.step, "loss": total, **terms, "learning_rate": self.scheduler.get_last_lr()[0]}
+        )
+
+    def _evaluate(self) -> None:
+        progress = self.progress
+        scores = evaluate(self.accelerator, self.distiller.student, self.eval_loader, "validate")
+        self._write({"step": progress.step, "split": "validation", **scores})
+        metric = next(iter(scores.values()))
+        if progress.best is None or metric > progress.best:
+            progress.best, progress.best_step, progress.evaluations_since_best = metric, progress.step, 0
+            self._on_main(lambda: replace_folder(self.folder / "model", self.save_model))
+        else:
+            progress.evaluations_since_best += 1
+        patience = self.settings.early_stopping_patience
+        progress.done = progress.done or (patience is not None and progress.evaluations_since_best >= patience)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        def append() -> None:
+            try:
+                with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise CheckpointError(f"cannot write {self.folder / 'metrics.jsonl'}: {error}") from error
+
+        self._on_main(append)
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        if self.accelerator.is_main_process:
+            action()
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self) -> None:
+        """Every rank adds its random states to one folder, which rank 0 then moves into place."""
+        target = self.folder / "checkpoints" / f"step_{self.progress.step:07d}"
+
+        def write(folder: Path) -> None:
+            self.accelerator.save_state(str(folder))
+            state = {"progress": asdict(self.progress), "scheduler": self.scheduler.state_dict()}
+            (folder / "progress.json").write_text(json.dumps(state), encoding="utf-8")
+
+        if self.accelerator.num_processes == 1:
+            replace_folder(target, write)
+        else:
+            self._save_together(target, write)
+        if self.accelerator.is_main_process:
+            for old in _checkpoints(self.folder)[: -self.settings.keep_checkpoints]:
+                shutil.rmtree(old)
+
+    def _save_together(self, target: Path, write: Callable[[Path], None]) -> None:
+        aside = target.with_name(f".{target.name}.new")
+        self._on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
+        aside.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        self.accelerator.wait_for_everyone()
+        self._on_main(lambda: os.replace(aside, target))
+
+    def _load_checkpoint(self) -> None:
+        for leftover in (self.folder / "checkpoints").glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        recover_folder(self.folder / "model")
+        if not (checkpoints := _checkpoints(self.folder)):
+            return  # killed before the first checkpoint: from the start
+        try:
+            state = json.loads((checkpoints[-1] / "progress.json").read_text(encoding="utf-8"))
+            self.accelerator.load_state(str(checkpoints[-1]))
+        except Exception as error:  # json, safetensors and torch each raise their own
+            raise CheckpointError(
+                f"cannot resume from {checkpoints[-1]}: {' '.join(str(error).split())[:300]}; delete that folder to "
+                "resume from the one before, or start without --resume"
+            ) from error
+        self.progress = Progress(**state["progress"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+    def _trim_metrics(self) -> None:
+        """Drop logged steps that will be done again."""
+
+        def trim() -> None:
+            path = self.folder / "metrics.jsonl"
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= self.progress.step]
+            path.write_text("".join(kept), encoding="utf-8")
+
+        self._on_main(trim)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step_*"))
+
+
+def _windows(batches: Iterator[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:
+    while window := list(islice(batches, size)):
+        yield window
+
+
+def _no_sync(accelerator: Accelerator, module: nn.Module, active: bool) -> Any:
+    return accelerator.no_sync(module) if active else nullcontext()
+
+
+def _parameter_groups(distiller: Distiller, settings: TrainPart) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: biases, norms and spike amplitudes keep their size."""
+    trained = [p for p in distiller.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,49 @@
+"""Scores of predictions against labels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy and macro F1 for classes (integer labels), Pearson and Spearman correlation for regression.
+
+    Args:
+        logits: [examples, classes], or [examples, 1] for regression.
+        labels: [examples].
+    Returns:
+        Metric name -> value in [0, 1] (correlations in [-1, 1]); the first one chooses the best checkpoint.
+    """
+    if np.issubdtype(labels.dtype, np.floating):
+        from scipy.stats import pearsonr, spearmanr
+
+        predictions = logits[:, 0]
+        return {
+            "pearson": float(pearsonr(predictions, labels).statistic),
+            "spearman": float(spearmanr(predictions, labels).statistic),
+        }
+    return score_classes(logits.argmax(-1), labels)
+
+
+def score_classes(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy and macro F1 of predicted classes."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    return {
+        "accuracy": float(accuracy_score(labels, predictions)),
+        "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+    }
+
+
+def bag_of_words_baseline(
+    train_texts: list[str], train_labels: Sequence[float], test_texts: list[str], test_labels: Sequence[float]
+) -> dict[str, float]:
+    """Test scores of TF-IDF word and bigram features with logistic regression: what a spiking model has to beat."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    model = make_pipeline(vectorizer, LogisticRegression(C=4.0, max_iter=1000))
+    model.fit(train_texts, train_labels)
+    return score_classes(np.asarray(model.predict(test_texts)), np.asarray(test_labels))

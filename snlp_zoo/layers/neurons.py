@@ -291,14 +291,14 @@ def amplitudes_updated(net: nn.Module) -> Iterator[None]:
     """
     nodes = [m for m in net.modules() if isinstance(m, ElasticBiSpike) and m.training and m.alpha_mode == "ema"]
     for node in nodes:
-        if node._is_initialized() and node.magnitude.any():
-            node.alpha.lerp_(node.firing_k * node.magnitude, 1 - node.momentum)
+        measured = torch.where(node.magnitude > 0, node.firing_k * node.magnitude, node.alpha)  # 0: not measured yet
+        node.alpha.lerp_(measured, 1 - node.momentum)
     yield
     if nodes and dist.is_initialized():
-        sums = [torch.cat([node.magnitude * node.tokens, node.tokens[None]]) for node in nodes]
+        sums = [torch.cat([n.magnitude * n.tokens, n.tokens[None]]) for n in nodes]
         dist.all_reduce(packed := torch.cat(sums))
         for node, total in zip(nodes, packed.split([len(s) for s in sums]), strict=True):
-            node.magnitude.copy_(total[:-1] / total[-1])
+            node.magnitude.copy_(total[:-1] / total[-1].clamp_min(1))
 
 
 _NEURONS: dict[str, Callable[..., neuron.BaseNode]] = {

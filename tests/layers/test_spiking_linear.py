@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import nn
+
+from snlp_zoo.layers import SpikingLinear
+
+
+@pytest.fixture
+def layer():
+    layer = SpikingLinear(5, 3, time_steps=4)
+    layer(torch.randn(4, 2, 6, 5))  # measures the amplitudes
+    return layer.eval()
+
+
+def test_weights_see_spikes(layer):
+    x = torch.randn(4, 2, 6, 5)
+    spikes = layer.neuron(x, from_rest=True)
+    torch.testing.assert_close(layer(x), nn.functional.linear(spikes, layer.weight, layer.bias))
+    for s, alpha in zip(spikes, layer.neuron.alpha, strict=True):
+        assert set(s.unique().tolist()) <= {-alpha.item(), 0.0, alpha.item()}
+
+
+def test_amplitude_folds_into_the_product(layer):
+    x = torch.randn(4, 2, 6, 5)
+    alpha = layer.neuron.alpha[:, None, None, None]
+    counts = (layer.neuron(x, from_rest=True) / alpha).round()
+    folded = alpha * nn.functional.linear(counts, layer.weight) + layer.bias
+    torch.testing.assert_close(layer(x), folded, rtol=1e-5, atol=1e-6)
+
+
+def test_dense_weights_load_by_name(layer):
+    dense = nn.Linear(5, 3)
+    report = layer.load_state_dict(dense.state_dict(), strict=False)
+    assert not report.unexpected_keys
+    assert all(key.startswith("neuron.") for key in report.missing_keys)
+    assert torch.equal(layer.weight, dense.weight)
+
+
+def test_leaves_no_state(layer):
+    x = torch.randn(4, 2, 6, 5)
+    assert torch.equal(layer(x), layer(x))
+    assert layer.neuron.v == 0.0
+
+
+def test_mask_reaches_the_neuron():
+    layer = SpikingLinear(5, 3, time_steps=4)
+    x, mask = torch.randn(4, 2, 6, 5), torch.ones(2, 6)
+    mask[:, 3:] = 0
+    x[:, :, 3:] = 50.0
+    layer(x, mask)
+    assert layer.neuron.alpha.max() < 10
+
+
+def test_without_bias():
+    layer = SpikingLinear(5, 3, bias=False, time_steps=2)
+    assert layer.bias is None
+    assert layer(torch.zeros(2, 1, 1, 5)).tolist() == [[[[0, 0, 0]]]] * 2
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5), (3, 2, 6, 5)])
+def test_first_axis_must_be_time(layer, shape):
+    with pytest.raises(ValueError, match=r"axis 0 is T and must be 4, got shape .*encode with layers.Direct first"):
+        layer(torch.zeros(shape))
+
+
+def test_unknown_neuron_option():
+    with pytest.raises(TypeError, match="firing"):
+        SpikingLinear(5, 3, firing=2.0)

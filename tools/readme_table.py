@@ -1,0 +1,55 @@
+"""Write the zoo table of README.md from zoo_configs; `--check` fails if it is out of date."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snlp_zoo import registry
+
+README = Path(__file__).parent.parent / "README.md"
+MARKS = "<!-- zoo table: begin (python tools/readme_table.py writes it) -->", "<!-- zoo table: end -->"
+
+
+def _row(name: str) -> str:
+    entry = registry.load_entry(name)
+    config = registry.build_config(entry.model_type, entry.config)
+    with torch.device("meta"):
+        parameters = registry.model_classes()[entry.model_type][entry.task](config).num_parameters()
+    paper = entry.source.get("paper", "-")
+    results = entry.results or [{}]
+    return "\n".join(
+        f"| {name} | {paper} | {parameters / 1e6:.2f} M | {config.time_steps} | {_cells(result)} |"
+        for result in results
+    )
+
+
+def _cells(result: dict[str, Any]) -> str:
+    if not result:
+        return "- | - | - | - | -"
+    task = f"{result['dataset']}, {result['metric'].replace('_', ' ')}"
+    rate = f"{100 * result['firing_rate']:.1f} %" if "firing_rate" in result else "-"
+    teacher = f"{100 * result['teacher_value']:.1f}" if "teacher_value" in result else "-"
+    paper = f"{100 * result['paper_value']:.1f}" if "paper_value" in result else "-"
+    return f"{task} | {paper} | {teacher} | {100 * result['value']:.1f} | {rate}"
+
+
+def table() -> str:
+    """The zoo as a Markdown table, one row per entry and result."""
+    head = "| entry | paper | parameters | T | task | paper's value | teacher | ours | firing rate |\n|" + "---|" * 9
+    return "\n".join([head, *(_row(name) for name in registry.list_entries())])
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    new = f"{before}{MARKS[0]}\n\n{table()}\n\n{MARKS[1]}{after}"
+    if "--check" in sys.argv:
+        sys.exit(0 if new == text else "README.md: the zoo table is out of date; run python tools/readme_table.py")
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

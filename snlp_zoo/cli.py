@@ -129,7 +129,7 @@ def _summary_table(summary: dict[str, Any]) -> Table:
 @app.command()
 def evaluate(
     path_or_entry: Annotated[str, typer.Argument(help="A saved folder, or a zoo entry trained into runs/.")],
-    data: Annotated[str, typer.Option(help="A labelled .tsv, .csv or .jsonl file (also .gz, .xz).")],
+    data: Annotated[str, typer.Option(help="A labelled .tsv, .csv or .jsonl file (also .gz, .xz), or 'tweets'.")],
     text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
     label: Annotated[str, typer.Option(help="Column of the label.")] = "label",

@@ -4,9 +4,11 @@ import json
 import logging
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from snlp_zoo import registry
@@ -65,7 +67,8 @@ def distill(
         recipe = _recipe_to_resume(recipe, folder, overrides)
     accelerator = make_accelerator(recipe.train.mixed_precision)
     tokenizer = load_tokenizer(recipe.teacher)
-    data = _load_data(recipe, tokenizer)
+    with _status(accelerator, "reading the texts"):
+        data = _load_data(recipe, tokenizer)
     config = _student_config(recipe, tokenizer, data.texts.label_names)
     _prepare_folder(accelerator, folder, recipe, resume)
     teacher = prepare_teacher(
@@ -89,6 +92,11 @@ def distill(
         return {}
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _status(accelerator: "Accelerator", doing: str) -> Any:
+    """A spinner on standard error, on rank 0 and on a terminal only."""
+    return Console(stderr=True).status(doing) if accelerator.is_main_process else nullcontext()
 
 
 def _recipe_to_resume(recipe: Recipe, folder: Path, overrides: list[str] | None) -> Recipe:
@@ -210,7 +218,8 @@ def _summarise(
     if recipe.baseline and data.texts.label_names is not None and accelerator.is_main_process:
         train, held_out = data.texts.train, data.texts.test
         labels = [split.labels or [] for split in (train, held_out)]
-        scores["baseline"] = bag_of_words_baseline(_joined(train), labels[0], _joined(held_out), labels[1])
+        with _status(accelerator, "fitting the bag-of-words baseline"):
+            scores["baseline"] = bag_of_words_baseline(_joined(train), labels[0], _joined(held_out), labels[1])
     summary: dict[str, Any] = {"name": recipe.name, "test_examples": len(data.test)}
     for who, values in scores.items():
         summary |= {f"{who}_{metric}": value for metric, value in values.items()}
@@ -230,8 +239,11 @@ def _joined(texts: TextSet) -> list[str]:
 def evaluate_checkpoint(
     path_or_entry: str, data: str, *, text: str = "text", text_pair: str | None = None, label: str = "label"
 ) -> dict[str, Any]:
-    """Scores of a saved student on a local file: the whole of `snlp-zoo evaluate`.
+    """Scores of a saved student: the whole of `snlp-zoo evaluate`.
 
+    Args:
+        data: a labelled file, or anything `data.load_splits` knows, whose test split is used.
+        text, text_pair, label: column names.
     Raises:
         SnlpError: the checkpoint or the file cannot be used.
     """
@@ -239,7 +251,11 @@ def evaluate_checkpoint(
     model = registry.load(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     names = None if len(model.config.label_names) == 1 else model.config.label_names
-    texts = read_set(data, text=text, text_pair=text_pair, label=label, label_names=names, regression=names is None)
+    columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "label_names": names}
+    if Path(data).is_file():
+        texts = read_set(data, regression=names is None, **columns)
+    else:
+        texts = load_splits(data, **columns).test
     limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     tokens = tokenise(tokenizer, texts, limit)
     if tokens.truncated:

@@ -202,7 +202,8 @@ def load(path_or_entry: str | Path, **options: Any) -> PreTrainedModel:
         model_class = next((c for c in classes.values() if c.__name__ == architecture), None)
         if model_class is None:
             raise CheckpointError(f"{folder} holds a {architecture}, not a model of this zoo")
-        model, report = model_class.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
+        checked = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        model, report = model_class.from_pretrained(folder, **checked, **options)  # mismatches are refused below
     except CheckpointError:
         raise
     except Exception as error:  # transformers, safetensors, json and huggingface_hub each raise their own

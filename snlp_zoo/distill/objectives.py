@@ -35,12 +35,16 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
 
 
-def _log_probabilities(student: Outputs, teacher: Outputs, temperature: float) -> tuple[Tensor, Tensor]:
+def _check_logits(student: Outputs, teacher: Outputs) -> None:
     if student.logits.shape != teacher.logits.shape:
         raise ValueError(
             f"student logits {tuple(student.logits.shape)} and teacher logits {tuple(teacher.logits.shape)} differ; "
             "logit distillation needs the same classes or vocabulary"
         )
+
+
+def _log_probabilities(student: Outputs, teacher: Outputs, temperature: float) -> tuple[Tensor, Tensor]:
+    _check_logits(student, teacher)
     logits = student.logits.float() / temperature, teacher.logits.float() / temperature
     return logits[0].log_softmax(-1), logits[1].log_softmax(-1)
 
@@ -62,6 +66,7 @@ def reverse_kl(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch,
 
 def logit_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
     """Mean squared difference of the logits; the logit objective for regression."""
+    _check_logits(student_outputs, teacher_outputs)
     difference = student_outputs.logits.float() - teacher_outputs.logits.float()
     return _mean_over_logits(difference.square().mean(-1), batch)
 

@@ -214,7 +214,8 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             self.register_buffer("alpha", alpha)
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("magnitude", torch.zeros(time_steps))
-        self.tokens = torch.zeros(())  # how many tokens this process measured in its last forward
+        # what this process's last forward measured: mean|m[t]| for each step, then the number of tokens
+        self.register_buffer("measured", torch.zeros(time_steps + 1), persistent=False)
 
     def extra_repr(self) -> str:
         return (
@@ -235,8 +236,8 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             alpha = alpha * scale + (alpha * (1 - scale)).detach()
         if self.training and self.alpha_mode == "ema":
             (spikes, v), magnitude = elastic_bispike_measured(current, v, alpha, mask, **options)
-            self.magnitude[index] = magnitude.to(self.magnitude.dtype)
-            self.tokens = _count(current, mask)
+            self.measured[index] = magnitude.to(self.measured.dtype)
+            self.measured[-1] = _count(current, mask)
         else:
             spikes, v = elastic_bispike(current, v, alpha, **options)
         return (spikes,), (v, (step + len(current)) % self.time_steps)
@@ -269,9 +270,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             return super().multi_step_forward(x_seq, *args, **kwargs)
 
     def single_step_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if self.step > 0:
-            return super().single_step_forward(x, *args, **kwargs)
-        with amplitudes_updated(self):
+        with amplitudes_updated(self, move=self.step == 0):
             return super().single_step_forward(x, *args, **kwargs)
 
 
@@ -283,22 +282,26 @@ def _count(current: Tensor, mask: Tensor | None) -> Tensor:
 
 @contextmanager
 @torch.no_grad()
-def amplitudes_updated(net: nn.Module) -> Iterator[None]:
+def amplitudes_updated(net: nn.Module, move: bool = True) -> Iterator[None]:
     """Around one forward of `net` in training mode: move every alpha (mode "ema") by what the last batch measured.
 
-    A forward only measures; alpha moves when the next one begins, so whatever is recomputed for the backward of this
-    batch (activation checkpointing) sees the same alpha. Measurements are averaged over all processes, in one message.
+    Inside, neurons only measure. What they measured becomes `magnitude` on leaving, averaged over all processes in one
+    message, and alpha moves when the next forward begins. So whatever is computed again for the backward of this batch
+    (activation checkpointing) sees the same alpha, and its measurements, one process's own, are not kept.
     """
     nodes = [m for m in net.modules() if isinstance(m, ElasticBiSpike) and m.training and m.alpha_mode == "ema"]
-    for node in nodes:
-        measured = torch.where(node.magnitude > 0, node.firing_k * node.magnitude, node.alpha)  # 0: not measured yet
-        node.alpha.lerp_(measured, 1 - node.momentum)
+    for node in nodes if move else []:
+        target = torch.where(node.magnitude > 0, node.firing_k * node.magnitude, node.alpha)  # 0: not measured yet
+        node.alpha.lerp_(target, 1 - node.momentum)
     yield
-    if nodes and dist.is_initialized():
-        sums = [torch.cat([n.magnitude * n.tokens, n.tokens[None]]) for n in nodes]
-        dist.all_reduce(packed := torch.cat(sums))
-        for node, total in zip(nodes, packed.split([len(s) for s in sums]), strict=True):
-            node.magnitude.copy_(total[:-1] / total[-1].clamp_min(1))
+    if not nodes:
+        return
+    # in float32: a bfloat16 sum would lose tokens
+    sums = torch.cat([torch.cat([n.measured[:-1].float() * n.measured[-1], n.measured[-1:].float()]) for n in nodes])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    for node, total in zip(nodes, sums.split([n.time_steps + 1 for n in nodes]), strict=True):
+        node.magnitude.copy_(total[:-1] / total[-1].clamp_min(1))
 
 
 _NEURONS: dict[str, Callable[..., neuron.BaseNode]] = {
@@ -339,11 +342,11 @@ def firing_rates_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) ->
         return
     fired: dict[str, Tensor] = {}  # module name -> [T], spikes on real tokens
     slots: dict[str, Tensor] = {}  # module name -> neurons on real tokens, per step
-    thread = get_ident()
+    thread = None if torch.compiler.is_compiling() else get_ident()
 
     def record(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, spikes: Tensor) -> None:
-            if get_ident() == thread:  # not another thread's forward through the same model
+            if thread is None or get_ident() == thread:  # not another thread's forward through the same model
                 fired[name] = ((spikes != 0) & mask.bool().unsqueeze(-1)).flatten(1).sum(1).float()
                 slots[name] = mask.sum() * spikes.shape[-1]
 

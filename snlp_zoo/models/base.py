@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -88,7 +89,10 @@ def make_config(config_class: type[SpikingConfig], **values: Any) -> SpikingConf
         nearest = get_close_matches(name, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{config_class.model_type} has no config field {name!r}{hint}")
-    return config_class(**values)
+    try:
+        return config_class(**values)
+    except StrictDataclassError as error:  # huggingface_hub's own, for a value of the wrong type
+        raise ValueError(f"{config_class.model_type}: {' '.join(str(error).split())}") from error
 
 
 @dataclass
@@ -143,6 +147,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
             init.ones_(module.alpha)
             init.zeros_(module.initialized)
             init.zeros_(module.magnitude)
+            init.zeros_(module.measured)
         elif isinstance(module, BertLMPredictionHead):
             init.zeros_(module.bias)
         elif isinstance(module, BertEmbeddings):
@@ -160,7 +165,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
             The student, in float32. `student.transfer_report` lists what was copied and what was not; the second list
             is logged as a warning too. A shallower student takes evenly spread layers.
         Raises:
-            ValueError: unknown configuration field, or a teacher without a single matching weight.
+            ValueError: unknown configuration field, or a teacher none of whose layers fits.
         """
         config_class: Any = cls.config_class
         shared = {f.name for f in fields(config_class)} & {f.name for f in fields(SpikingConfig)}
@@ -177,7 +182,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
         """Copy a BERT-like teacher's weights in place; `from_teacher` without making the student.
 
         Raises:
-            ValueError: not a single weight matches.
+            ValueError: none of its layers fits.
         """
         source = {k.removeprefix(f"{teacher.base_model_prefix}."): v for k, v in teacher.state_dict().items()}
         layers = spread_layers(self.config.num_hidden_layers, teacher.config.num_hidden_layers)
@@ -191,8 +196,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
             else:
                 parameter.copy_(theirs)
                 copied.append(name)
-        if not copied:
-            raise ValueError(f"no weight of the teacher ({type(teacher).__name__}) fits {type(self).__name__}")
+        if not any(".layers." in f".{name}" for name in copied):
+            raise ValueError(f"no layer of the teacher ({type(teacher).__name__}) fits {type(self).__name__}")
         if not_copied:
             reasons = "; ".join(f"{name} ({why})" for name, why in not_copied.items())
             logger.warning("not copied from the teacher: %s", reasons)
@@ -209,16 +214,23 @@ class SpikingPreTrainedModel(PreTrainedModel):
 class SpikingEncoder(SpikingPreTrainedModel):
     """A text encoder with BERT's embeddings and pooler around spiking layers; subclasses set `self.layers`."""
 
-    def __init__(self, config: SpikingConfig) -> None:
+    def __init__(self, config: SpikingConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
-        self.pooler = BertPooler(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value  # type: ignore[assignment]
+
+    def pool(self, x: Tensor, mask: Tensor) -> Tensor | None:
+        """x [B, N, D] -> [B, D], from each text's first real token, wherever its padding is."""
+        if self.pooler is None:
+            return None
+        first = x[torch.arange(len(x), device=x.device), mask.argmax(1)]
+        return self.pooler(first.unsqueeze(1))
 
     def wanted(self, attentions: bool | None, hidden_states: bool | None, spike_rates: bool | None) -> list[bool]:
         """Which optional outputs to return: the argument, or the configuration where it is None."""
@@ -310,7 +322,7 @@ class ForMaskedLM:
 
     def __init__(self, config: SpikingConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        setattr(self, self.base_model_prefix, self.encoder_class(config))  # type: ignore[attr-defined]
+        setattr(self, self.base_model_prefix, self.encoder_class(config, add_pooling_layer=False))  # type: ignore[attr-defined]
         self.cls = BertOnlyMLMHead(config)
         self.post_init()  # type: ignore[attr-defined]
 

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 
 from snlp_zoo.layers.neurons import ALPHA_MODES
 from snlp_zoo.models.base import SpikingConfig
+from snlp_zoo.ops.backend import Backend
 from snlp_zoo.ops.bispike import Reset
 
 
@@ -33,7 +34,8 @@ class SpikeLMConfig(SpikingConfig):
     neuron_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
-        for name, allowed in (("reset", get_args(Reset)), ("alpha_mode", ALPHA_MODES)):
+        choices = {"reset": get_args(Reset), "alpha_mode": ALPHA_MODES, "neuron_backend": get_args(Backend)}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"spikelm: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not (self.firing_k > 0 and 0 <= self.membrane_beta <= 1 and 0 <= self.alpha_momentum <= 1):

@@ -117,8 +117,8 @@ class SpikeLMPreTrainedModel(SpikingPreTrainedModel):
 class SpikeLMModel(SpikeLMPreTrainedModel, SpikingEncoder):
     """The encoder without a head."""
 
-    def __init__(self, config: SpikeLMConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: SpikeLMConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config, add_pooling_layer)
         self.layers = nn.ModuleList(SpikeLMBlock(config) for _ in range(config.num_hidden_layers))
         self.post_init()
 
@@ -152,7 +152,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel, SpikingEncoder):
         last = coding.decode(x)
         return SpikingModelOutput(
             last_hidden_state=last,
-            pooler_output=self.pooler(last),
+            pooler_output=self.pool(last, mask),
             hidden_states=tuple(hidden_states) if want_hidden else None,
             attentions=tuple(attentions) if want_attentions else None,
             **rates,

@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -65,11 +66,19 @@ def trained_states(rows):
     return {key: v for key, v in states.items() if not key.endswith((".weight", ".bias"))}
 
 
-if __name__ == "__main__":  # one of the two processes of the last test
-    rank, store, result = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.save(trained_states([slice(0, 1), slice(1, 3)][rank]), result)
-    dist.destroy_process_group()
+def states_of_rank(rank, store):
+    """`trained_states` as one of two processes with one and two of the three rows."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    try:
+        return trained_states([slice(0, 1), slice(1, 3)][rank])
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":  # the second process of the last test
+    torch.save(states_of_rank(1, sys.argv[1]), sys.argv[2])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -254,7 +263,9 @@ def test_checkpointing_gives_equal_spikes_gradients_and_amplitudes():
 
 
 def test_a_net_updates_every_node_once_per_forward():
-    net = nn.Sequential(SpikingLinear(D, D, time_steps=T, momentum=0.5), SpikingLinear(D, D, time_steps=T, momentum=0.5))
+    net = nn.Sequential(
+        SpikingLinear(D, D, time_steps=T, momentum=0.5), SpikingLinear(D, D, time_steps=T, momentum=0.5)
+    )
     for seed in range(2):
         with amplitudes_updated(net):
             net(batch(seed)[0])
@@ -295,26 +306,17 @@ def test_unknown_reset_is_an_error():
 
 
 def test_two_processes_with_parts_of_a_batch_equal_one_with_all_of_it(tmp_path):
+    store, result = str(tmp_path / "store"), tmp_path / "state.pt"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    results = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "store"), str(result)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, result in enumerate(results)
-    ]
+    second = subprocess.Popen([sys.executable, __file__, store, str(result)], env=environment)
     try:
-        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+        first = states_of_rank(0, store)
+        assert second.wait(timeout=60) == 0
     finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+        second.kill()
+        second.wait()
     expected = trained_states(slice(None))
-    for result in results:
-        got = torch.load(result)
+    for got in (first, torch.load(result)):
         assert got.keys() == expected.keys()
         for key, value in got.items():
             torch.testing.assert_close(value, expected[key], msg=lambda m, key=key: f"{key}: {m}")

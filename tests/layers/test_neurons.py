@@ -172,8 +172,8 @@ def test_spikingjelly_monitors_see_the_spikes(node_class):
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-def test_spikingjelly_op_counter_counts_as_with_its_own_neuron(kind):
-    ours, theirs, options = PAIRS[kind]
+def test_spikingjelly_op_counter_counts_our_spikes(kind):
+    ours, _, options = PAIRS[kind]
     net = nn.Sequential(nn.Linear(16, 16), ours(**options), nn.Linear(16, 10)).eval()
     x = torch.randn(4, 1, 16) * 3
     counters = [op_counter.SynOpCounter(), op_counter.MACCounter()]
@@ -222,7 +222,7 @@ def test_make_neuron(kind, node_class):
 
 
 def test_make_neuron_errors():
-    with pytest.raises(ValueError, match="unknown neuron 'ternry', known are lif, .*did you mean 'ternary'"):
+    with pytest.raises(ValueError, match=r"unknown neuron 'ternry', known are lif, .*did you mean 'ternary'"):
         make_neuron("ternry")
     with pytest.raises(TypeError, match="tua"):
         make_neuron("lif", tua=2.0)

@@ -53,14 +53,20 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl."""
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def losses(folder: Path) -> list[float]:
-    """The logged loss curve of a run."""
-    return [row["loss"] for row in metrics(folder) if "loss" in row]
+@pytest.fixture(scope="session")
+def metrics():
+    """Function: the rows of a run's metrics.jsonl."""
+    return read_metrics
+
+
+@pytest.fixture(scope="session")
+def losses():
+    """Function: the logged loss curve of a run."""
+    return lambda folder: [row["loss"] for row in read_metrics(folder) if "loss" in row]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,6 +100,7 @@ def teacher_folder(tmp_path_factory):
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,
+        initializer_range=0.1,
     )
     BertModel(config).save_pretrained(folder)
     BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}).save_pretrained(folder)
@@ -128,15 +135,45 @@ def recipe_content(teacher_folder, data_folder):
         "teacher": {
             "name": str(teacher_folder),
             "dropout": 0.0,
-            "train": {"epochs": 2, "batch_size": 16, "learning_rate": 2e-3, "warmup_ratio": 0.0},
+            "train": {"epochs": 4, "batch_size": 16, "learning_rate": 5e-3, "warmup_ratio": 0.0},
         },
         "objectives": {
             "forward_kl": {"weight": 0.8, "temperature": 2.0},
             "cross_entropy": 0.2,
             "hidden_mse": 0.5,
         },
-        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 2e-3, "logging_steps": 1},
+        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 5e-3, "logging_steps": 1},
     }
+
+
+@pytest.fixture
+def make_data(tmp_path):
+    """Function: a data folder with these (text, label) rows per split; the invented sentences for splits left out."""
+
+    def make(**rows_of: list[tuple[str, Any]]) -> Path:
+        rows = {split: sentences(size, seed) for seed, (split, size) in enumerate(SPLITS.items())}
+        return write_splits(tmp_path / "data", rows | rows_of)
+
+    return make
+
+
+@pytest.fixture
+def run(make_recipe, tmp_path):
+    """Function: distil by the recipe with changes, into a new folder unless one is named -> (folder, summary)."""
+    from snlp_zoo.train.run import distill
+
+    def start(into: Path | None = None, resume: bool = False, **changes: Any) -> tuple[Path, dict[str, Any]]:
+        folder = into or tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        return folder, distill(str(make_recipe(**changes)), output_dir=folder, resume=resume)
+
+    return start
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """A cache without the teacher that other tests have tuned."""
+    monkeypatch.setenv("SNLP_ZOO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -178,6 +215,6 @@ def python(environment, tmp_path):
 
     def run(*arguments: str, **more: Any) -> subprocess.CompletedProcess:
         options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
-        return subprocess.run([sys.executable, *arguments], **options | more)  # noqa: PLW1510
+        return subprocess.run([sys.executable, *arguments], **options | more)
 
     return run

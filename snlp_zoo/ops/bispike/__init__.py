@@ -63,18 +63,15 @@ def elastic_bispike_measured(
     Args:
         mask: 1 for the positions that count, shape of current without T and width; None counts all.
     """
-    if mask is None:
-        weight = current.new_full((1,) * v_init.ndim, 1 / max(v_init.numel(), 1))
-    else:
-        weight = (mask / (mask.sum() * v_init.shape[-1]).clamp_min(1)).unsqueeze(-1)
-    spikes, v, magnitude = _run(current, v_init, alpha, beta, reset, backend, weight)
+    counted = torch.ones(()) if mask is None else mask
+    spikes, v, magnitude = _run(current, v_init, alpha, beta, reset, backend, counted)
     return BiSpikeOutput(spikes, v), magnitude
 
 
 def _run(
-    current: Tensor, v_init: Tensor, alpha: Tensor, beta: float, reset: Reset, backend: str, weight: Tensor | None
+    current: Tensor, v_init: Tensor, alpha: Tensor, beta: float, reset: Reset, backend: str, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the arguments, choose the backend, compute in float32 or wider."""
+    """Check the arguments, choose the backend, compute in float32 or wider. A mask asks for the measurement."""
     if current.ndim == 0 or current.shape[0] == 0:
         raise ValueError(f"elastic_bispike: current needs at least one time step on axis 0, got {tuple(current.shape)}")
     if current.shape[1:] != v_init.shape:
@@ -91,12 +88,11 @@ def _run(
         raise ValueError(f"elastic_bispike: unknown reset {reset!r}; use one of {', '.join(get_args(Reset))}")
     resolve(backend, current, op="bispike")
     state = torch.promote_types(current.dtype, torch.float32)  # half precision would shift spikes over T
+    weight = None
+    if mask is not None:  # what each element adds to the mean
+        counted = mask.to(current.device, state).expand(v_init.shape[:-1]).unsqueeze(-1)
+        weight = counted / (counted.sum() * v_init.shape[-1]).clamp_min(1)
     spikes, v, magnitude = elastic_bispike_analytic(
-        current.to(state),
-        v_init.to(state),
-        alpha.to(state),
-        beta=beta,
-        reset=reset,
-        weight=None if weight is None else weight.to(state),
+        current.to(state), v_init.to(state), alpha.to(state), beta=beta, reset=reset, weight=weight
     )
     return spikes.to(current.dtype), v, magnitude

@@ -49,7 +49,7 @@ class _LIF(torch.autograd.Function):
             grad_s = grad_spikes[t]
             if not detach_reset:
                 grad_s = grad_s + grad_v * (-v_threshold if v_reset is None else v_reset - h)
-            through_reset = grad_v if v_reset is None else grad_v * (h < v_threshold)
+            through_reset = grad_v if v_reset is None else grad_v * ~(h >= v_threshold)
             grad_h = through_reset + surrogate.derivative(h - v_threshold) * grad_s
             grad_current[t] = grad_h * leak if decay_input else grad_h
             if grad_leak is not None:

@@ -1,0 +1,448 @@
+"""One suite for every model: what holds for all of them holds here, parametrised over every tiny zoo entry."""
+
+import copy
+import inspect
+import json
+from collections.abc import Mapping
+
+import pytest
+import torch
+from spikingjelly.activation_based.neuron import BaseNode
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, PreTrainedTokenizerFast, pipeline
+
+import snlp_zoo  # noqa: F401  (makes the models known to the Auto classes)
+from snlp_zoo import registry
+from snlp_zoo.errors import RecipeError
+from snlp_zoo.layers import ElasticBiSpike
+from snlp_zoo.registry import build, load_entry, model_classes
+
+TINY = [name for name in registry.list_entries() if name.endswith("_tiny")]
+TASKS = [(name, task) for name in TINY for task in model_classes()[load_entry(name).model_type] if task != "config"]
+TRAINABLE = [(name, task) for name, task in TASKS if task != "encoder"]
+every_task = pytest.mark.parametrize(("entry", "task"), TASKS)
+every_trainable = pytest.mark.parametrize(("entry", "task"), TRAINABLE)
+every_masked_lm = pytest.mark.parametrize("entry", [name for name, task in TASKS if task == "masked-lm"])
+every_entry = pytest.mark.parametrize("entry", TINY)
+B, N = 3, 9
+
+
+def make_batch(model, *, batch=B, length=N, padding=(0, 4, 1)):
+    ids = torch.randint(5, model.config.vocab_size, (batch, length))
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row, pad in enumerate(padding[:batch]):
+        mask[row, length - pad :] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def labelled(model, task, batch):
+    if task == "masked-lm":
+        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    return batch | {"labels": torch.arange(len(batch["input_ids"])) % model.config.num_labels}
+
+
+def make(entry, task="sequence-classification", **overrides):
+    """A model whose amplitudes have seen one training batch, in evaluation mode."""
+    torch.manual_seed(0)
+    model = build(entry, task=task, **overrides)
+    with torch.no_grad():
+        model.train()(**make_batch(model, batch=8, padding=()))
+    return model.eval()
+
+
+def result(model, batch):
+    """The model's main output: logits, or hidden states of an encoder."""
+    with torch.no_grad():
+        outputs = model(**batch)
+    return outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+
+
+def weights_equal(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def spiking_nodes(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseNode)}
+
+
+def enable_checkpointing(model):
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers renamed it
+    getattr(model, next(name for name in names if hasattr(model, name)))()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_there_is_something_to_test():
+    assert TINY
+    assert {load_entry(name).model_type for name in TINY} == set(model_classes())
+
+
+@every_task
+def test_output_shapes(entry, task):
+    model = make(entry, task)
+    batch = make_batch(model)
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    config = model.config
+    last = {
+        "sequence-classification": (B, config.num_labels),
+        "masked-lm": (B, N, config.vocab_size),
+        "encoder": (B, N, config.hidden_size),
+    }[task]
+    assert result(model, batch).shape == last
+    assert len(outputs.hidden_states) == config.num_hidden_layers + 1
+    assert {tuple(state.shape) for state in outputs.hidden_states} == {(B, N, config.hidden_size)}
+    assert {tuple(a.shape) for a in outputs.attentions} == {(B, config.num_attention_heads, N, N)}
+    if task == "encoder":
+        assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+
+
+@every_task
+def test_outputs_are_optional_and_come_as_tuples_too(entry, task):
+    model = make(entry, task)
+    batch = make_batch(model)
+    outputs = model(**batch)
+    assert outputs.hidden_states is outputs.attentions is outputs.spike_rates is outputs.firing_rate is None
+    assert torch.equal(model(**batch, return_dict=False)[0], outputs[0])
+    model.config.output_hidden_states = True
+    model.config.output_spike_rates = True
+    assert model(**batch).hidden_states is not None
+    assert model(**batch).spike_rates is not None
+    assert model(**batch, output_hidden_states=False, output_spike_rates=False).spike_rates is None
+
+
+@every_entry
+@pytest.mark.parametrize("training", [False, True])
+def test_spikes_stay_in_their_alphabet(entry, training):
+    model = make(entry).train(training)
+    seen = {}
+    for name, node in spiking_nodes(model).items():
+        node.register_forward_hook(lambda module, _, spikes, name=name: seen.update({name: (module, spikes)}))
+    model(**make_batch(model))
+    assert seen.keys() == spiking_nodes(model).keys()
+    for name, (node, spikes) in seen.items():
+        for t, values in enumerate(spikes):
+            amplitude = node.alpha[t].item() if isinstance(node, ElasticBiSpike) else 1.0
+            alphabet = {-amplitude, 0.0, amplitude} if isinstance(node, ElasticBiSpike) else {0.0, 1.0}
+            assert set(values.unique().tolist()) <= alphabet, name
+        assert spikes.any(), f"{name} is silent"
+
+
+@every_trainable
+def test_every_parameter_gets_a_gradient(entry, task):
+    model = make(entry, task).train()
+    model(**labelled(model, task, make_batch(model))).loss.backward()
+    for name, parameter in model.named_parameters():
+        if task == "masked-lm" and ".pooler." in name:
+            continue  # predicts tokens, not sequences
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@every_task
+def test_two_forwards_are_equal(entry, task):
+    model = make(entry, task)
+    batch = make_batch(model)
+    assert torch.equal(result(model, batch), result(model, batch))
+
+
+@every_task
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(entry, task, side):
+    model = make(entry, task)
+    batch = make_batch(model, batch=2, padding=())
+    padding = torch.zeros(2, 5, dtype=torch.long)
+    padded = {k: torch.cat([padding, v] if side == "left" else [v, padding], 1) for k, v in batch.items()}
+    padded["input_ids"][padded["attention_mask"] == 0] = 7  # whatever stands there
+    got, expected = result(model, padded), result(model, batch)
+    if task != "sequence-classification":
+        got = got[:, 5:] if side == "left" else got[:, :-5]
+    close(got, expected)
+
+
+@every_task
+def test_batch_companions_change_nothing(entry, task):
+    model = make(entry, task)
+    batch = make_batch(model, padding=())
+    together = result(model, batch)
+    for row in range(B):
+        close(together[row : row + 1], result(model, {key: value[row : row + 1] for key, value in batch.items()}))
+
+
+@every_task
+def test_missing_mask_means_no_padding(entry, task):
+    model = make(entry, task)
+    batch = make_batch(model, padding=())
+    assert torch.equal(result(model, {"input_ids": batch["input_ids"]}), result(model, batch))
+
+
+@every_entry
+def test_embeddings_in_place_of_ids(entry):
+    model = make(entry)
+    batch = make_batch(model)
+    embeds = {
+        "inputs_embeds": model.get_input_embeddings()(batch["input_ids"]),
+        "attention_mask": batch["attention_mask"],
+    }
+    close(result(model, embeds), result(model, batch))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(**batch, inputs_embeds=embeds["inputs_embeds"])
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+
+
+@every_entry
+def test_input_errors_say_what_to_do(entry):
+    model = make(entry)
+    too_long = torch.ones(1, model.config.max_position_embeddings + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="truncation=True"):
+        model(too_long)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B, N\] = \(1, 4\), got \(1, 3\)"):
+        model(too_long[:, :4], attention_mask=too_long[:, :3])
+
+
+@every_task
+def test_saved_and_loaded_through_the_auto_class(entry, task, tmp_path):
+    model = make(entry, task)
+    batch = make_batch(model)
+    model.save_pretrained(tmp_path)
+    auto = registry._TASKS[task][1]
+    loaded = auto.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert weights_equal(loaded, model)
+    assert torch.equal(result(loaded, batch), result(model, batch))
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    saved, again = (m.config.to_dict() | {"_name_or_path": ""} for m in (model, loaded))
+    assert again == saved
+
+
+@every_task
+def test_sharded_checkpoint(entry, task, tmp_path):
+    model = make(entry, task)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert weights_equal(type(model).from_pretrained(tmp_path), model)
+
+
+@every_task
+def test_bf16_checkpoint(entry, task, tmp_path):
+    model = make(entry, task)
+    batch = make_batch(model)
+    model.save_pretrained(tmp_path / "wide")
+    model.bfloat16().save_pretrained(tmp_path / "narrow")
+    expected = result(model, batch)
+    assert expected.dtype == torch.bfloat16
+    for folder in ("wide", "narrow"):
+        loaded = type(model).from_pretrained(tmp_path / folder, dtype=torch.bfloat16)
+        assert torch.equal(result(loaded, batch), expected)
+    assert next(type(model).from_pretrained(tmp_path / "narrow").parameters()).dtype == torch.bfloat16
+
+
+@every_task
+def test_loading_reinitialises_nothing(entry, task, tmp_path):
+    torch.manual_seed(0)
+    model = build(entry, task=task)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert {kind: list(keys) for kind, keys in report.items() if keys} == {}
+    assert weights_equal(loaded, model)
+
+
+@every_entry
+def test_head_and_encoder_exchange_weights(entry, tmp_path):
+    classes = model_classes()[load_entry(entry).model_type]
+    head = make(entry)
+    head.save_pretrained(tmp_path / "head")
+    encoder = classes["encoder"].from_pretrained(tmp_path / "head")
+    assert weights_equal(encoder, head.base_model)
+    encoder.save_pretrained(tmp_path / "encoder")
+    assert weights_equal(classes["sequence-classification"].from_pretrained(tmp_path / "encoder").base_model, encoder)
+
+
+@every_masked_lm
+def test_embeddings_are_tied_resized_and_saved(entry, tmp_path):
+    model = make(entry, "masked-lm")
+    batch = make_batch(model)
+    before = result(model, batch)
+
+    def tied(model):
+        return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+    assert tied(model)
+    vocab_size = model.config.vocab_size
+    model.resize_token_embeddings(vocab_size + 6)
+    assert tied(model)
+    assert model.config.vocab_size == vocab_size + 6
+    after = result(model, batch)
+    assert after.shape[-1] == vocab_size + 6
+    close(after[..., :vocab_size], before)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert tied(loaded)
+    assert torch.equal(result(loaded, batch), after)
+
+
+@every_trainable
+def test_activation_checkpointing_changes_no_gradient_and_no_state(entry, task):
+    plain = make(entry, task).train()
+    checkpointed = copy.deepcopy(plain)
+    enable_checkpointing(checkpointed)
+    for _ in range(2):
+        batch = labelled(plain, task, make_batch(plain))
+        for model in (plain, checkpointed):
+            model.zero_grad()
+            model(**batch).loss.backward()
+        for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, one.grad, msg=lambda m, name=name: f"{name}: {m}")
+        assert weights_equal(plain, checkpointed)
+
+
+@every_entry
+def test_activation_checkpointing_of_a_fresh_model(entry):
+    torch.manual_seed(0)
+    plain = build(entry).train()
+    checkpointed = copy.deepcopy(plain)
+    enable_checkpointing(checkpointed)
+    batch = labelled(plain, "sequence-classification", make_batch(plain))
+    grads = [torch.autograd.grad(model(**batch).loss, list(model.parameters())) for model in (plain, checkpointed)]
+    torch.testing.assert_close(grads[1], grads[0])
+    assert weights_equal(plain, checkpointed)
+
+
+@every_entry
+def test_compiles(entry):
+    model = make(entry, num_hidden_layers=1, time_steps=2)
+    batch = make_batch(model)
+    try:
+        close(result(torch.compile(model, backend="aot_eager"), batch), result(model, batch))
+    finally:
+        torch._dynamo.reset()
+
+
+@every_entry
+def test_pipeline(entry, tmp_path):
+    model = make(entry)
+    model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
+    model.save_pretrained(tmp_path)
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "fine", "film", "dull"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))  # noqa: S106
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]").save_pretrained(tmp_path)  # noqa: S106
+    classify = pipeline("text-classification", model=str(tmp_path), device="cpu")
+    texts = ["a fine film", "dull"]
+    got = classify(texts, batch_size=2)
+    for text, answer in zip(texts, got, strict=True):
+        ids = torch.tensor([[1, *(words.index(word) for word in text.split()), 2]])
+        probabilities = result(model, {"input_ids": ids}).softmax(-1)[0]
+        assert answer["label"] == ["bad", "good"][probabilities.argmax()]
+        assert answer["score"] == pytest.approx(probabilities.max().item(), abs=1e-5)
+
+
+@every_entry
+def test_unknown_config_key_is_an_error(entry):
+    with pytest.raises(RecipeError, match="has no config field 'time_stepz'; did you mean 'time_steps'"):
+        build(entry, time_stepz=2)
+    with pytest.raises(RecipeError, match="time_steps must be between 1 and"):
+        build(entry, time_steps=0)
+    with pytest.raises(RecipeError, match="hidden_size"):
+        build(entry, hidden_size="wide")
+
+
+@every_entry
+def test_spike_rates_are_shares_of_real_tokens(entry):
+    model = make(entry)
+    batch = make_batch(model, batch=1, padding=())
+    rates = {}
+    for pad in (0, 6):
+        padded = {key: torch.cat([value, value.new_zeros(1, pad)], 1) for key, value in batch.items()}
+        outputs = model(**padded, output_spike_rates=True)
+        rates[pad] = outputs.spike_rates | {"mean": outputs.firing_rate}
+    assert isinstance(outputs.spike_rates, Mapping)
+    assert set(outputs.spike_rates) == set(spiking_nodes(model.base_model))
+    for name, rate in rates[0].items():
+        assert 0 <= rate.min() <= rate.max() <= 1
+        close(rates[6][name], rate)
+    assert {len(rate) for rate in outputs.spike_rates.values()} == {model.config.time_steps}
+    assert 0 < outputs.firing_rate < 1
+
+
+@every_trainable
+def test_one_step_of_training_lowers_the_loss(entry, task):
+    model = make(entry, task)
+    batch = labelled(model, task, make_batch(model))
+    before = model(**batch).loss
+    before.backward()
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+    assert model(**batch).loss < before
+
+
+@every_entry
+@pytest.mark.parametrize(
+    "overrides", [{"time_steps": 1}, {"num_hidden_layers": 1}, {"num_labels": 1}, {"num_labels": 3}]
+)
+def test_small_variants(entry, overrides):
+    model = make(entry, **overrides).train()
+    batch = make_batch(model)
+    labels = torch.rand(B) if model.config.num_labels == 1 else torch.arange(B) % model.config.num_labels
+    outputs = model(**batch, labels=labels)
+    assert outputs.logits.shape == (B, model.config.num_labels)
+    outputs.loss.backward()
+    assert outputs.loss.isfinite()
+
+
+@every_task
+def test_a_single_token(entry, task):
+    model = make(entry, task)
+    assert result(model, make_batch(model, batch=1, length=1, padding=())).isfinite().all()
+
+
+@every_task
+def test_longest_sequence(entry, task):
+    model = make(entry, task)
+    length = model.config.max_position_embeddings
+    assert result(model, make_batch(model, batch=1, length=length, padding=())).isfinite().all()
+
+
+@every_task
+def test_an_all_padding_row_does_no_harm(entry, task):
+    model = make(entry, task)
+    batch = make_batch(model, padding=())
+    expected = result(model, batch)
+    batch["attention_mask"][2] = 0
+    got = result(model, batch)
+    assert got.isfinite().all()
+    close(got[:2], expected[:2])
+
+
+@every_task
+def test_initialisation_follows_the_seed(entry, task):
+    built = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        built.append(build(entry, task=task))
+    assert weights_equal(built[0], built[1])
+    assert not weights_equal(built[0], built[2])
+
+
+@every_task
+def test_pickles_and_copies(entry, task):
+    model = make(entry, task)
+    batch = make_batch(model)
+    assert torch.equal(result(copy.deepcopy(model), batch), result(model, batch))
+
+
+@every_task
+def test_forward_names_every_argument(entry, task):
+    model = build(entry, task=task)
+    kinds = {p.kind for p in inspect.signature(type(model).forward).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds  # a typo must not be swallowed
+    with pytest.raises(TypeError, match="attention_maks"):
+        model(**make_batch(model) | {"attention_maks": 1})

@@ -1,0 +1,33 @@
+import math
+
+import numpy as np
+import pytest
+
+from snlp_zoo.train.metrics import bag_of_words_baseline, score
+
+
+def test_classes_by_hand():
+    logits = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    found = score(logits, np.array([0, 1, 2, 2]))
+    assert next(iter(found)) == "accuracy"  # the first one chooses the best checkpoint
+    assert found["accuracy"] == 0.75
+    assert found["macro_f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
+
+
+def test_correlations_by_hand():
+    found = score(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0]))
+    assert next(iter(found)) == "pearson"
+    assert found["pearson"] == pytest.approx(3 / math.sqrt(2 * 14 / 3))
+    assert found["spearman"] == pytest.approx(1)
+
+
+def test_constant_predictions_of_a_regression_are_a_score_like_any_other():
+    """Not a number would never be beaten by a later, better checkpoint."""
+    found = score(np.ones((4, 1), dtype=np.float32), np.array([0.0, 1.0, 2.0, 3.0], dtype=np.float32))
+    assert found == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_the_baseline_learns_from_words():
+    texts, labels = ["good fine", "bad poor", "fine good", "poor bad"] * 4, [1, 0, 1, 0] * 4
+    found = bag_of_words_baseline(texts, labels, ["good", "poor"], [1, 0])
+    assert found == {"accuracy": 1.0, "macro_f1": 1.0}

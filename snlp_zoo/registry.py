@@ -4,6 +4,7 @@ models/configuration_x.py + models/modeling_x.py are a model, zoo_configs/x.yaml
 """
 
 import pkgutil
+import re
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -94,6 +95,20 @@ def unknown(kind: str, name: str, known: list[str]) -> RecipeError:
     return RecipeError(f"unknown {kind} {name!r}; {hint}")
 
 
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3 and would keep a string)."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML without any way to make Python objects; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Yaml)  # noqa: S506  (a SafeLoader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
@@ -101,7 +116,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: missing file, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -121,8 +136,9 @@ def explain_validation(where: str, error: ValidationError, model: type[BaseModel
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             lines.append(f"{path}: unknown key{hint}")
         else:
-            value = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
-            lines.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}{value}")
+            scalar = isinstance(problem["input"], str | int | float | None) and problem["type"] != "missing"
+            value = f" (got {problem['input']!r})" if scalar else ""
+            lines.append(f"{path + ': ' if path else ''}{problem['msg'].removeprefix('Value error, ')}{value}")
     return RecipeError(f"{where}: " + "; ".join(lines))
 
 

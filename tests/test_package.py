@@ -123,13 +123,6 @@ def test_load_of_an_untrained_entry_says_how_to_train_it():
     assert "snlp_zoo.build('spikelm_tiny_tweets')" in str(caught.value)
 
 
-def test_load_of_an_entry_that_cannot_be_trained_offers_no_training():
-    with pytest.raises(CheckpointError) as caught:
-        snlp_zoo.load("spikelm_tiny")  # it has no recipe
-    assert "distill" not in str(caught.value)
-    assert "snlp_zoo.build('spikelm_tiny')" in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("name", "expected"), [("spikelm_tinny", "did you mean the zoo entry spikelm_tiny"), ("qqq", "'qqq'")]
 )

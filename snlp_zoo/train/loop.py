@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -34,6 +35,7 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
     """The accelerator of a run. A loader's batch is the global one; every rank gets its slice of it."""
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     return Accelerator(
         mixed_precision=mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=True),

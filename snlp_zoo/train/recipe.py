@@ -143,7 +143,7 @@ def _resolve(name: str, seen: tuple[str, ...], relative_to: Path | None = None) 
     if name in seen:
         raise RecipeError(f"recipes extend each other in a circle: {' -> '.join([*seen, name])}")
     recipes = registry.zoo_folder() / "recipes"
-    candidates = [Path(name), (relative_to or Path()) / name, recipes / f"{name}.yaml"]
+    candidates = [(relative_to or Path()) / name, recipes / f"{name}.yaml"]
     path = next((p for p in candidates if p.suffix in (".yaml", ".yml") and p.is_file()), None)
     if path is None and name not in registry.list_entries():
         known = registry.list_entries() + sorted(p.stem for p in recipes.glob("*.yaml"))
@@ -183,7 +183,7 @@ def _set(content: dict[str, Any], override: str) -> None:
     if not separator or not path:
         raise RecipeError(f"--set wants key=value, got {override!r}; for example --set train.batch_size=16")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = registry.parse_yaml(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {path}: {value!r} is not a YAML value") from error
     *parents, last = path.split(".")

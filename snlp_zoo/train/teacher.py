@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from snlp_zoo.data.batches import Tokenised, loader
 from snlp_zoo.distill.distiller import Distiller
@@ -120,6 +126,7 @@ def _tune(
     folder: Path,
     resume: bool,
 ) -> PreTrainedModel:
+    set_seed(part.train.seed)  # of the new classifier
     teacher = _from_pretrained(
         AutoModelForSequenceClassification,
         part,

@@ -142,7 +142,7 @@ def recipe_content(teacher_folder, data_folder):
             "cross_entropy": 0.2,
             "hidden_mse": 0.5,
         },
-        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 5e-3, "logging_steps": 1},
+        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 2e-3, "logging_steps": 1},
     }
 
 

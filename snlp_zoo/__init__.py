@@ -13,10 +13,9 @@ if TYPE_CHECKING:
     from snlp_zoo.registry import build as build
     from snlp_zoo.registry import list_entries as list_entries
     from snlp_zoo.registry import load as load
-    from snlp_zoo.train.run import distill as distill
 
 __version__ = "0.1.0"
-__all__ = ["SnlpError", "build", "distill", "list_entries", "load"]
+__all__ = ["SnlpError", "build", "list_entries", "load"]
 
 if (_mismatch := torchvision_mismatch()) is None:
     from snlp_zoo import registry
@@ -27,13 +26,9 @@ else:  # transformers itself cannot be imported; `snlp-zoo doctor` still can say
 
 
 def __getattr__(name: str) -> Any:
-    """Public names on demand: training brings in accelerate, which loading a model does not need."""
+    """Public names of the registry, which exists only where transformers can be imported."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _mismatch is not None:
         raise ImportError(_mismatch)
-    if name == "distill":
-        from snlp_zoo.train.run import distill
-
-        return distill
     return getattr(registry, name)

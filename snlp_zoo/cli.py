@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from snlp_zoo.doctor import torchvision_mismatch
 from snlp_zoo.errors import SnlpError
 
 app = typer.Typer(
@@ -23,12 +25,18 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object in
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one sentence and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR  # one process speaks
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         app()
     except SnlpError as error:
         typer.echo(f"snlp-zoo: {error}", err=True)
         sys.exit(2)
+    except Exception:
+        if problem := torchvision_mismatch():  # nothing that needs transformers can run
+            typer.echo(f"snlp-zoo: {problem}", err=True)
+            sys.exit(2)
+        raise
 
 
 def _quiet_transformers() -> None:

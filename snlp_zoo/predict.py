@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from snlp_zoo import registry
 from snlp_zoo.errors import DataError
@@ -31,7 +30,7 @@ def predict(path_or_entry: str | Path, texts: list[str]) -> list[dict[str, Any]]
             raise DataError(f"text {number} of {len(texts)} is empty; give it at least one word")
     folder = registry.find_checkpoint(path_or_entry)
     model = registry.load(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = registry.load_tokenizer(folder)
     limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     predictions = []
     for number, text in enumerate(texts, start=1):

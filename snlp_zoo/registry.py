@@ -18,7 +18,9 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from snlp_zoo import models
@@ -99,14 +101,24 @@ class _Yaml(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3 and would keep a string)."""
 
 
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _YamlDumper(yaml.SafeDumper):
+    """Its counterpart: quotes text that `_Yaml` would read as a number."""
+
+
+for _side in (_Yaml, _YamlDumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def parse_yaml(text: str) -> Any:
     """YAML without any way to make Python objects; raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Yaml)  # noqa: S506  (a SafeLoader)
+
+
+def dump_yaml(content: Any) -> str:
+    """YAML that `parse_yaml` reads back to an equal value."""
+    return yaml.dump(content, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -229,6 +241,19 @@ def load(path_or_entry: str | Path, **options: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a model.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # json, tokenizers and transformers each raise their own
+        message = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"cannot load the tokenizer in {folder}: {message}") from error
+
+
 def find_checkpoint(path_or_entry: str | Path) -> Path:
     """The folder with config.json and weights for a path or a trained zoo entry.
 
@@ -241,9 +266,9 @@ def find_checkpoint(path_or_entry: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     if name in list_entries():
+        train = f"train it with 'snlp-zoo distill {name}' or " if load_entry(name).recipe else ""
         raise CheckpointError(
-            f"{name} has no trained checkpoint in runs/{name}; train it with 'snlp-zoo distill {name}', "
-            f"or use snlp_zoo.build({name!r}) for fresh weights"
+            f"{name} has no trained checkpoint in runs/{name}; {train}use snlp_zoo.build({name!r}) for fresh weights"
         )
     if Path(name).exists():
         raise CheckpointError(f"{name} is not a saved model: it has no config.json")

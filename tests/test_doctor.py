@@ -127,7 +127,7 @@ def test_doctor_speaks_where_transformers_cannot_be_imported(broken):
 def test_the_package_says_why_it_cannot_load_models(broken):
     program = """
 import snlp_zoo
-for name in ("load", "build", "distill", "list_entries"):
+for name in ("load", "build", "list_entries"):
     try:
         getattr(snlp_zoo, name)
     except ImportError as error:

@@ -152,7 +152,8 @@ def test_load_passes_options_on(saved):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("spikelm_tiny", "no trained checkpoint in runs/spikelm_tiny; train it .*snlp_zoo.build"),
+        ("spikelm_tiny", "no trained checkpoint in runs/spikelm_tiny; use snlp_zoo.build"),
+        ("spikelm_tiny_tweets", "; train it with 'snlp-zoo distill spikelm_tiny_tweets' or use snlp_zoo.build"),
         ("spikelm_tinny", "no folder and no zoo entry called 'spikelm_tinny'; did you mean the zoo entry spikelm_tiny"),
         ("xyz", "no folder and no zoo entry called 'xyz'$"),
         ("empty", "empty is not a saved model: it has no config.json"),

@@ -48,8 +48,10 @@ def resolve(backend: str, tensor: torch.Tensor, op: str) -> str:
     """
     if backend not in get_args(Backend):
         raise BackendError(f"{op}: unknown backend {backend!r}; use one of {', '.join(get_args(Backend))}")
+    if backend == "torch" or (backend == "auto" and tensor.device.type == "cpu"):
+        return "torch"  # without looking for kernels: this runs at every forward
     if backend == "auto":
         return explain(op, tensor.device)[0]
-    if backend != "torch" and (obstacle := _obstacle(backend, op, tensor.device)):
+    if obstacle := _obstacle(backend, op, tensor.device):
         raise BackendError(f"{op}: backend {backend!r} cannot run: {obstacle}; use 'auto' or 'torch'")
     return backend

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import DistributedDataParallelKwargs, set_seed, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler
@@ -37,6 +37,8 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     """The accelerator of a run. A loader's batch is the global one; every rank gets its slice of it."""
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     return Accelerator(
+        # an objective on hidden states alone leaves the head and some projections without gradients
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         mixed_precision=mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=True),
         step_scheduler_with_optimizer=False,
@@ -250,14 +252,17 @@ class Trainer:
             return  # killed before the first checkpoint: from the start
         try:
             state = json.loads((checkpoints[-1] / "progress.json").read_text(encoding="utf-8"))
+            random_states = checkpoints[-1] / f"random_states_{self.accelerator.process_index}.pkl"
+            if not (random_states.is_file() and random_states.stat().st_size):
+                raise FileNotFoundError(f"{random_states.name} is missing or empty")  # accelerate would go on without
             self.accelerator.load_state(str(checkpoints[-1]))
+            self.progress = Progress(**state["progress"])
+            self.scheduler.load_state_dict(state["scheduler"])
         except Exception as error:  # json, safetensors and torch each raise their own
             raise CheckpointError(
                 f"cannot resume from {checkpoints[-1]}: {' '.join(str(error).split())[:300]}; delete that folder to "
                 "resume from the one before, or start without --resume"
             ) from error
-        self.progress = Progress(**state["progress"])
-        self.scheduler.load_state_dict(state["scheduler"])
 
     def _trim_metrics(self) -> None:
         """Drop logged steps that will be done again."""

@@ -135,7 +135,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return registry.dump_yaml(recipe.model_dump())
 
 
 def _resolve(name: str, seen: tuple[str, ...], relative_to: Path | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from snlp_zoo import registry
 from snlp_zoo.data import TextSet, TextSplits, load_splits, read_set
@@ -69,6 +69,7 @@ def distill(
     tokenizer = load_tokenizer(recipe.teacher)
     with _status(accelerator, "reading the texts"):
         data = _load_data(recipe, tokenizer)
+    _check_objectives(recipe, data.texts.label_names)
     config = _student_config(recipe, tokenizer, data.texts.label_names)
     _prepare_folder(accelerator, folder, recipe, resume)
     teacher = prepare_teacher(
@@ -100,19 +101,22 @@ def _status(accelerator: "Accelerator", doing: str) -> Any:
 
 
 def _recipe_to_resume(recipe: Recipe, folder: Path, overrides: list[str] | None) -> Recipe:
+    """The recipe kept in the run folder; a run is never continued with another one."""
     kept = folder / "recipe.yaml"
     if not kept.is_file():
         raise RecipeError(f"nothing to resume in {folder}: it has no recipe.yaml; start without --resume")
     previous = load_recipe(str(kept))
-    if overrides and previous != recipe:
-        old, new = (json.dumps(r.model_dump(), indent=0).splitlines() for r in (previous, recipe))
-        changed = [line.strip(' ,"') for line in new if line not in old]
-        raise RecipeError(
-            f"--resume continues with the recipe in {kept}, which differs from the one asked for "
-            f"({'; '.join(changed[:5])}); leave out --set, or start without --resume"
-        )
     if previous.name != recipe.name:
         raise RecipeError(f"{folder} holds a run of {previous.name!r}, not of {recipe.name!r}; name its own folder")
+    if previous != recipe:
+        old, new = (json.dumps(r.model_dump(), indent=0).splitlines() for r in (previous, recipe))
+        changed = "; ".join([line.strip(' ,"') for line in new if line not in old][:5])
+        if overrides:
+            raise RecipeError(
+                f"--resume continues with the recipe in {kept}, which differs from the one asked for ({changed}); "
+                "leave out --set, or start without --resume"
+            )
+        logger.warning("continuing with %s, which differs from %s (%s)", kept, recipe.name, changed)
     return previous
 
 
@@ -126,6 +130,12 @@ def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Data:
                 "%s: %d of %d texts were cut at %d tokens", name, split.truncated, len(split), part.max_length
             )
     return data
+
+
+def _check_objectives(recipe: Recipe, label_names: list[str] | None) -> None:
+    divergences = [name for name in recipe.objectives if name.endswith("_kl")]
+    if label_names is None and divergences:
+        raise RecipeError(f"{divergences[0]} compares classes, and the labels are numbers; use logit_mse instead")
 
 
 def _student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_names: list[str] | None) -> SpikingConfig:
@@ -249,7 +259,7 @@ def evaluate_checkpoint(
     """
     folder = registry.find_checkpoint(path_or_entry)
     model = registry.load(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = registry.load_tokenizer(folder)
     names = None if len(model.config.label_names) == 1 else model.config.label_names
     columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "label_names": names}
     if Path(data).is_file():

@@ -248,3 +248,10 @@ def test_recipes_are_frozen(make_recipe):
     for part, field in ((recipe, "name"), (recipe.train, "epochs"), (recipe.objectives["cross_entropy"], "weight")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(part, field, 1)
+
+
+def test_text_that_looks_like_a_number_survives_the_round_trip(write, make_recipe):
+    """A commit such as 12e4567, or class names: text in the kept recipe.yaml too."""
+    recipe = load_recipe(str(make_recipe()), ["teacher.revision='12e4567'", "data.label_names=['1e3', '2', 'no']"])
+    assert recipe.teacher.revision == "12e4567"
+    assert load_recipe(write("again.yaml", dump_recipe(recipe))) == recipe

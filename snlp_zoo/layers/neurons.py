@@ -215,7 +215,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("magnitude", torch.zeros(time_steps))
         # what this process's last forward measured: mean|m[t]| for each step, then the number of tokens
-        self.register_buffer("measured", torch.zeros(time_steps + 1), persistent=False)
+        self.measured = torch.zeros(0)
 
     def extra_repr(self) -> str:
         return (
@@ -236,7 +236,9 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             alpha = alpha * scale + (alpha * (1 - scale)).detach()
         if self.training and self.alpha_mode == "ema":
             (spikes, v), magnitude = elastic_bispike_measured(current, v, alpha, mask, **options)
-            self.measured[index] = magnitude.to(self.measured.dtype)
+            if len(self.measured) != self.time_steps + 1 or self.measured.device != magnitude.device:
+                self.measured = magnitude.new_zeros(self.time_steps + 1)
+            self.measured[index] = magnitude
             self.measured[-1] = _count(current, mask)
         else:
             spikes, v = elastic_bispike(current, v, alpha, **options)
@@ -248,7 +250,8 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         for t, x in zip(index, current, strict=True):
             # any amplitude measures the same m; only the carried membrane needs the right one
             _, magnitude = elastic_bispike_measured(x.unsqueeze(0), v, torch.ones_like(self.alpha[:1]), mask, **options)
-            total = torch.stack([magnitude[0] * (count := _count(current, mask)), count])
+            count = _count(current, mask).to(magnitude)
+            total = torch.stack([magnitude[0] * count, count])
             if dist.is_initialized():
                 dist.all_reduce(total)
             self.alpha[t] = self.firing_k * total[0] / total[1]
@@ -277,7 +280,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
 def _count(current: Tensor, mask: Tensor | None) -> Tensor:
     """How many tokens (or rows, without a mask) one step of `current` measures."""
     rows = current[0].numel() / current.shape[-1] if mask is None else mask.sum()
-    return torch.as_tensor(rows, dtype=torch.float32, device=current.device)
+    return torch.as_tensor(rows, device=current.device)
 
 
 @contextmanager
@@ -294,10 +297,10 @@ def amplitudes_updated(net: nn.Module, move: bool = True) -> Iterator[None]:
         target = torch.where(node.magnitude > 0, node.firing_k * node.magnitude, node.alpha)  # 0: not measured yet
         node.alpha.lerp_(target, 1 - node.momentum)
     yield
-    if not nodes:
+    if not any(len(node.measured) for node in nodes):
         return
-    # in float32: a bfloat16 sum would lose tokens
-    sums = torch.cat([torch.cat([n.measured[:-1].float() * n.measured[-1], n.measured[-1:].float()]) for n in nodes])
+    nodes = [node for node in nodes if len(node.measured)]
+    sums = torch.cat([torch.cat([n.measured[:-1] * n.measured[-1], n.measured[-1:]]) for n in nodes])
     if dist.is_initialized():
         dist.all_reduce(sums)
     for node, total in zip(nodes, sums.split([n.time_steps + 1 for n in nodes]), strict=True):

@@ -147,7 +147,6 @@ class SpikingPreTrainedModel(PreTrainedModel):
             init.ones_(module.alpha)
             init.zeros_(module.initialized)
             init.zeros_(module.magnitude)
-            init.zeros_(module.measured)
         elif isinstance(module, BertLMPredictionHead):
             init.zeros_(module.bias)
         elif isinstance(module, BertEmbeddings):

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import Accelerator, skip_first_batches
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed, tqdm
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device, set_seed, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler
@@ -34,13 +34,12 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
-    """The accelerator of a run. A loader's batch is the global one; every rank gets its slice of it."""
+    """The accelerator of a run."""
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     return Accelerator(
         # an objective on hidden states alone leaves the head and some projections without gradients
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         mixed_precision=mixed_precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=True),
         step_scheduler_with_optimizer=False,
     )
 
@@ -60,7 +59,7 @@ class Progress:
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoader, label: str) -> dict[str, float]:
-    """Scores of a model over a prepared loader, and its firing rate if it spikes. Equal on every rank.
+    """Scores of a model over a loader of global batches, and its firing rate if it spikes. Equal on every rank.
 
     Args:
         model: unwrapped; its training mode is restored.
@@ -69,30 +68,37 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
     was_training = model.training
     model.eval()
     spikes = {"output_spike_rates": True} if hasattr(model.config, "time_steps") else {}
-    logits: dict[int, np.ndarray] = {}
-    labels: dict[int, Any] = {}
-    rates = torch.zeros(2, device=accelerator.device)  # firing rate times tokens, tokens
-    for batch in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
-        output = model(**{k: batch[k] for k in _INPUTS if k in batch}, **spikes)
-        if spikes:
-            tokens = batch["attention_mask"].sum()
-            rates += torch.stack([output.firing_rate * tokens, tokens])
-        gathered = accelerator.gather((batch["index"], output.logits.float(), batch["labels"]))
-        for index, row, target in zip(*(t.cpu().numpy() for t in gathered), strict=True):
-            logits[int(index)], labels[int(index)] = row, target  # a rank may see an example twice; it counts once
+    rows: list[tuple[int, np.ndarray, Any]] = []  # example number, logits, label
+    fired: list[tuple[float, int]] = []  # firing rate and tokens of a batch
+    for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
+        batch = _own_rows(accelerator, whole)
+        if len(batch["index"]):
+            output = model(**{k: batch[k] for k in _INPUTS if k in batch}, **spikes)
+            columns = (batch["index"].tolist(), output.logits.float().cpu().numpy(), batch["labels"].cpu().numpy())
+            rows += zip(*columns, strict=True)
+            if spikes:
+                fired.append((float(output.firing_rate), int(batch["attention_mask"].sum())))
     model.train(was_training)
-    order = sorted(logits)
-    scores = score(np.stack([logits[i] for i in order]), np.stack([labels[i] for i in order]))
+    rows = sorted(gather_object(rows), key=lambda row: row[0])
+    scores = score(np.stack([row[1] for row in rows]), np.stack([row[2] for row in rows]))
     if spikes:
-        rates = accelerator.reduce(rates, "sum")
-        scores["firing_rate"] = float(rates[0] / rates[1])
+        fired = gather_object(fired)
+        scores["firing_rate"] = sum(rate * tokens for rate, tokens in fired) / sum(tokens for _, tokens in fired)
     return scores
+
+
+def _own_rows(accelerator: Accelerator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process's rows of a global batch. All are padded alike, so processes round alike, whatever their number."""
+    size, rank, processes = len(batch["index"]), accelerator.process_index, accelerator.num_processes
+    own = slice(size * rank // processes, size * (rank + 1) // processes)
+    return send_to_device({key: value[own] for key, value in batch.items()}, accelerator.device)
 
 
 class Trainer:
     """Trains a `Distiller`; see the module's first lines.
 
     Args:
+        loaders: global batches for training and validation; every process takes its rows of each.
         weights: objective name -> weight, in the distiller's order.
         folder: `metrics.jsonl`, `checkpoints/` and the best `model/` go here (rank 0 writes).
         save_model: writes the student and what belongs to it into a folder.
@@ -112,17 +118,21 @@ class Trainer:
         self.names, self.progress = list(weights), Progress()
         if settings.freeze_embeddings:
             distiller.student.base_model.embeddings.requires_grad_(False)
-        optimizer = torch.optim.AdamW(_parameter_groups(distiller, settings), lr=settings.learning_rate, fused=True)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(distiller, settings), lr=settings.learning_rate, eps=settings.adam_epsilon, fused=True
+        )
         accelerator.free_memory()
-        self.module, self.optimizer, self.loader, self.eval_loader = accelerator.prepare(distiller, optimizer, *loaders)
+        self.module, self.optimizer = accelerator.prepare(distiller, optimizer)
+        self.loader, self.eval_loader = loaders
         self.distiller: Distiller = accelerator.unwrap_model(self.module)
         self.weights = torch.tensor(list(weights.values()), device=accelerator.device)
         per_epoch = -(-len(self.loader) // settings.gradient_accumulation_steps)
-        self.total_steps = min(settings.max_steps or per_epoch * settings.epochs, per_epoch * settings.epochs)
+        planned = per_epoch * settings.epochs
+        self.total_steps = min(settings.max_steps or planned, planned)
         self.eval_steps, self.save_steps = settings.eval_steps or per_epoch, settings.save_steps or per_epoch
-        warmup = round(settings.warmup_ratio * self.total_steps)
+        warmup = round(settings.warmup_ratio * planned)
         schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-        self.scheduler = get_scheduler(schedule, self.optimizer, warmup, self.total_steps)
+        self.scheduler = get_scheduler(schedule, self.optimizer, warmup, planned)
         # ranks start from the same weights and draw different dropout masks
         set_seed(settings.seed, device_specific=True)
 
@@ -134,7 +144,7 @@ class Trainer:
         progress = self.progress
         bar = tqdm(total=self.total_steps, initial=progress.step, desc=label, mininterval=1.0, disable=None)
         while not progress.done:
-            self.loader.set_epoch(progress.epoch)
+            self.loader.batch_sampler.set_epoch(progress.epoch)  # type: ignore[union-attr]
             batches = skip_first_batches(self.loader, progress.batch) if progress.batch else self.loader
             for window in _windows(iter(batches), self.settings.gradient_accumulation_steps):
                 losses = self._step(window)
@@ -150,12 +160,12 @@ class Trainer:
     def _step(self, window: list[dict[str, Tensor]]) -> Tensor:
         """One optimiser step over the batches of an accumulation window; the objectives' global means [objectives]."""
         self.module.train()
-        counts = torch.stack([self.distiller.counts(batch) for batch in window])
-        totals = self.accelerator.reduce(counts.sum(0), "sum")
-        # a mean of unequal ranks' means is not the mean: each micro-batch counts by its share of the whole
-        shares = counts / totals.clamp_min(1)
+        totals = torch.stack([self.distiller.counts(batch) for batch in window]).sum(0).to(self.weights.device)
         means = torch.zeros_like(self.weights)
-        for i, (batch, share) in enumerate(zip(window, shares, strict=True)):
+        for i, whole in enumerate(window):
+            batch = _own_rows(self.accelerator, whole)
+            # a mean of unequal ranks' means is not the mean: each micro-batch counts by its share of the whole
+            share = self.distiller.counts(batch) / totals.clamp_min(1)
             with _no_sync(self.accelerator, self.module, i < len(window) - 1):
                 losses = self.module(batch) * share
                 # gradients are averaged over ranks, the shares already add up to one

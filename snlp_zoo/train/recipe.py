@@ -47,11 +47,12 @@ class TrainPart(_Part):
     """Settings of the one training loop; steps are optimiser steps."""
 
     epochs: int = Field(3, ge=1)
-    max_steps: int | None = Field(None, ge=1)  # ends earlier than the epochs do
+    max_steps: int | None = Field(None, ge=1)  # stops earlier; the schedule stays that of all epochs
     batch_size: int = Field(32, ge=1)  # examples per process
     eval_batch_size: int = Field(64, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
+    adam_epsilon: float = Field(1e-6, gt=0)  # below it gradients are rounding noise, not to be scaled up
     weight_decay: float = Field(0.01, ge=0)  # not on biases, norms, amplitudes
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     schedule: Literal["linear", "cosine", "constant"] = "linear"

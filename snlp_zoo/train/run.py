@@ -219,7 +219,7 @@ def _summarise(
 ) -> dict[str, Any]:
     """Test scores of everybody, by metric: {"teacher_accuracy": ..., "student_accuracy": ..., ...}."""
     batch_size = recipe.train.eval_batch_size * accelerator.num_processes
-    test = accelerator.prepare(loader(data.test, tokenizer, batch_size, shuffle=False, drop_last=False))
+    test = loader(data.test, tokenizer, batch_size, shuffle=False, drop_last=False)
     scores = {
         "teacher": evaluate(accelerator, teacher, test, "test the teacher"),
         "student": evaluate(accelerator, student, test, "test the student"),
@@ -271,6 +271,6 @@ def evaluate_checkpoint(
     if tokens.truncated:
         logger.warning("%d of %d texts were cut at %d tokens", tokens.truncated, len(tokens), limit)
     accelerator = make_accelerator("no")
-    batches = accelerator.prepare(loader(tokens, tokenizer, 64, shuffle=False, drop_last=False))
+    batches = loader(tokens, tokenizer, 64, shuffle=False, drop_last=False)
     scores = evaluate(accelerator, model.to(accelerator.device), batches, "evaluate")
     return {"path": str(folder), "data": data, "examples": len(tokens), "truncated": tokens.truncated, **scores}

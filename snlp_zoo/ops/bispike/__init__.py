@@ -58,7 +58,7 @@ def elastic_bispike_measured(
     reset: Reset = "symmetric",
     backend: str = "auto",
 ) -> tuple[BiSpikeOutput, Tensor]:
-    """`elastic_bispike`, and mean|m[t]| of each step, [T], from the same pass: what calibrates alpha.
+    """`elastic_bispike`, and mean|m[t]| of each step, [T] float64, from the same pass: what calibrates alpha.
 
     Args:
         mask: 1 for the positions that count, shape of current without T and width; None counts all.
@@ -90,7 +90,9 @@ def _run(
     state = torch.promote_types(current.dtype, torch.float32)  # half precision would shift spikes over T
     weight = None
     if mask is not None:  # what each element adds to the mean
-        counted = mask.to(current.device, state).expand(v_init.shape[:-1]).unsqueeze(-1)
+        # summed in float64: the mean, and with it alpha, must not depend on how a batch is split over processes
+        wide = state if current.device.type == "mps" else torch.float64
+        counted = mask.to(current.device, wide).expand(v_init.shape[:-1]).unsqueeze(-1)
         weight = counted / (counted.sum() * v_init.shape[-1]).clamp_min(1)
     spikes, v, magnitude = elastic_bispike_analytic(
         current.to(state), v_init.to(state), alpha.to(state), beta=beta, reset=reset, weight=weight

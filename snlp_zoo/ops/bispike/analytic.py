@@ -23,7 +23,7 @@ class _BiSpike(torch.autograd.Function):
         learned = ctx.needs_input_grad[2]
         spikes = torch.empty_like(current)
         flags = torch.empty(current.shape, dtype=torch.uint8, device=current.device)
-        magnitude = torch.zeros_like(alpha)
+        magnitude = torch.zeros_like(alpha) if weight is None else weight.new_zeros(len(current))
         v = v_init
         for t in range(len(current)):
             m = v + current[t]
@@ -33,7 +33,7 @@ class _BiSpike(torch.autograd.Function):
             torch.mul(q, alpha_t, out=spikes[t])
             flags[t] = torch.add(q + 1, ratio.abs_() <= 1, alpha=_INSIDE)
             if weight is not None:
-                magnitude[t] = (ratio * weight).sum() * alpha_t
+                magnitude[t] = (ratio.sum(-1, keepdim=True) * weight).sum() * alpha_t
             v = m * _carry(q, alpha[t], beta, reset, m.dtype)
         ctx.save_for_backward(flags, alpha, *((current, v_init) if learned else ()))
         ctx.beta, ctx.reset, ctx.dtype = beta, reset, current.dtype
@@ -76,6 +76,6 @@ def elastic_bispike_analytic(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same function as `elastic_bispike_reference`; memory for the backward is one byte per element and step.
 
-    Third output, [T]: the sum of |m[t]| times `weight` (broadcastable to v_init), or zeros without a weight.
+    Third output, [T]: the sum of |m[t]| times `weight` ([..., 1], rows of v_init) in weight's dtype, else zeros.
     """
     return _BiSpike.apply(current, v_init, alpha, beta, reset, weight)

@@ -254,7 +254,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             total = torch.stack([magnitude[0] * count, count])
             if dist.is_initialized():
                 dist.all_reduce(total)
-            self.alpha[t] = self.firing_k * total[0] / total[1]
+            self.alpha[t] = self.firing_k * total[0] / total[1].clamp_min(1)
             _, v = elastic_bispike(x.unsqueeze(0), v, self.alpha[t : t + 1], **options)
         if index[-1] == self.time_steps - 1:
             self.initialized.fill_(True)

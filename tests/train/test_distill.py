@@ -296,10 +296,18 @@ def test_regression(run, make_data, metrics):
     ],
 )
 def test_schedules(run, metrics, schedule, expected):
-    settings = {"max_steps": 6, "eval_steps": 6, "warmup_ratio": 1 / 3, "schedule": schedule, "learning_rate": 1e-3}
+    settings = {"epochs": 1, "batch_size": 16, "warmup_ratio": 1 / 3, "schedule": schedule, "learning_rate": 1e-3}
     folder, _ = run(train=settings)
     rates = [row["learning_rate"] for row in metrics(folder) if "loss" in row]
     assert rates == pytest.approx([1e-3 * share for share in expected], abs=1e-9)
+
+
+def test_max_steps_leaves_the_schedule_alone(run, metrics):
+    settings = {"epochs": 1, "batch_size": 16, "warmup_ratio": 1 / 3, "learning_rate": 1e-3}
+    whole, _ = run(train=settings)
+    stopped, _ = run(train=settings | {"max_steps": 3})
+    losses = [[row["loss"] for row in metrics(folder) if "loss" in row] for folder in (whole, stopped)]
+    assert losses[1] == losses[0][:3]
 
 
 def test_logging_steps(run, metrics):

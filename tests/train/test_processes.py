@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-# A spike that flips by rounding moves the loss; small steps keep such a difference small.
+# Rounding of summed gradients flips a first spike sooner or later; small steps keep such a difference small.
 SETTINGS = {"learning_rate": 2e-4}
 # Started like `-m snlp_zoo`, but it ends badly unless there really were two processes, and may stop at a step.
 PROGRAM = """

@@ -268,21 +268,16 @@ class SpikingEncoder(SpikingPreTrainedModel):
         return x, attention_mask
 
 
-class ForSequenceClassification:
-    """Classification or regression head on the pooled output. Mixed into a family's pre-trained base.
-
-    `problem_type` follows transformers: num_labels 1 is regression, integer labels are classes.
-    """
+class SpikingHead(SpikingPreTrainedModel):
+    """An encoder and what reads its output; subclasses say how logits and loss are made."""
 
     encoder_class: ClassVar[type[SpikingEncoder]]
 
-    def __init__(self, config: SpikingConfig) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        setattr(self, self.base_model_prefix, self.encoder_class(config))  # type: ignore[attr-defined]
-        dropout = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = nn.Linear(config.hidden_size, len(config.label_names))
-        self.post_init()  # type: ignore[attr-defined]
+    def logits(self, encoded: SpikingModelOutput) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
 
     @can_return_tuple
     def forward(
@@ -297,8 +292,12 @@ class ForSequenceClassification:
         output_hidden_states: bool | None = None,
         output_spike_rates: bool | None = None,
     ) -> SpikingHeadOutput:
-        """input_ids, attention_mask [B, N]; labels [B] (classes, or numbers for regression) -> `SpikingHeadOutput`."""
-        encoded = self.base_model(  # type: ignore[attr-defined]
+        """input_ids, attention_mask, token_type_ids, position_ids [B, N] -> `SpikingHeadOutput`.
+
+        labels: [B] classes, or numbers for regression; [B, N] token ids for masked language models, -100 where nothing
+        is predicted.
+        """
+        encoded = self.base_model(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -309,26 +308,48 @@ class ForSequenceClassification:
             output_spike_rates,
             return_dict=True,
         )
-        logits = self.classifier(self.dropout(encoded.pooler_output))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)  # type: ignore[attr-defined]
-        return _head_output(loss, logits, encoded)
+        logits = self.logits(encoded)
+        return SpikingHeadOutput(
+            loss=None if labels is None else self.loss(logits, labels),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            spike_rates=encoded.spike_rates,
+            firing_rate=encoded.firing_rate,
+        )
 
 
-class ForMaskedLM:
-    """Masked-language-model head with tied embeddings. Mixed into a family's pre-trained base."""
-
-    encoder_class: ClassVar[type[SpikingEncoder]]
+class ForSequenceClassification(SpikingHead):
+    """Classification or regression on the pooled output; one label is regression, as in transformers."""
 
     def __init__(self, config: SpikingConfig) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        setattr(self, self.base_model_prefix, self.encoder_class(config, add_pooling_layer=False))  # type: ignore[attr-defined]
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.encoder_class(config))
+        dropout = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.classifier = nn.Linear(config.hidden_size, len(config.label_names))
+        self.post_init()
+
+    def logits(self, encoded: SpikingModelOutput) -> Tensor:
+        return self.classifier(self.dropout(encoded.pooler_output))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_function(labels, logits, self.config)
+
+
+class ForMaskedLM(SpikingHead):
+    """Masked language modelling with tied embeddings."""
+
+    def __init__(self, config: SpikingConfig) -> None:
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.encoder_class(config, add_pooling_layer=False))
         self.cls = BertOnlyMLMHead(config)
-        self.post_init()  # type: ignore[attr-defined]
+        self.post_init()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._tied_weights_keys = {  # type: ignore[attr-defined]
-            "cls.predictions.decoder.weight": f"{cls.base_model_prefix}.embeddings.word_embeddings.weight",  # type: ignore[attr-defined]
+        cls._tied_weights_keys = {
+            "cls.predictions.decoder.weight": f"{cls.base_model_prefix}.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
         }
 
@@ -339,44 +360,8 @@ class ForMaskedLM:
         self.cls.predictions.decoder = new_embeddings  # type: ignore[assignment]
         self.cls.predictions.bias = new_embeddings.bias  # type: ignore[assignment]
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_spike_rates: bool | None = None,
-    ) -> SpikingHeadOutput:
-        """input_ids, attention_mask [B, N]; labels [B, N], -100 where nothing is predicted -> `SpikingHeadOutput`."""
-        encoded = self.base_model(  # type: ignore[attr-defined]
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            output_spike_rates,
-            return_dict=True,
-        )
-        logits = self.cls(encoded.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        return _head_output(loss, logits, encoded)
+    def logits(self, encoded: SpikingModelOutput) -> Tensor:
+        return self.cls(encoded.last_hidden_state)
 
-
-def _head_output(loss: Tensor | None, logits: Tensor, encoded: SpikingModelOutput) -> SpikingHeadOutput:
-    return SpikingHeadOutput(
-        loss=loss,
-        logits=logits,
-        hidden_states=encoded.hidden_states,
-        attentions=encoded.attentions,
-        spike_rates=encoded.spike_rates,
-        firing_rate=encoded.firing_rate,
-    )
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())

@@ -159,9 +159,9 @@ class SpikeLMModel(SpikeLMPreTrainedModel, SpikingEncoder):
         )
 
 
-class SpikeLMForSequenceClassification(ForSequenceClassification, SpikeLMPreTrainedModel):
+class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel, ForSequenceClassification):
     encoder_class = SpikeLMModel
 
 
-class SpikeLMForMaskedLM(ForMaskedLM, SpikeLMPreTrainedModel):
+class SpikeLMForMaskedLM(SpikeLMPreTrainedModel, ForMaskedLM):
     encoder_class = SpikeLMModel

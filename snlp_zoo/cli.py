@@ -54,10 +54,11 @@ def _print(result: dict[str, Any], as_json: bool, table: Table) -> None:
         Console().print(table)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, numbers: bool = False) -> Table:
+    """An empty table; `numbers` sets every column but the first flush right."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="right" if numbers and i > 0 else "left", overflow="fold")
     return table
 
 
@@ -118,7 +119,7 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     people = [who for who in ("teacher", "student", "baseline") if any(k.startswith(f"{who}_") for k in summary)]
     metrics = [key.removeprefix("student_") for key in summary if key.startswith("student_")]
     title = f"{summary['name']}: {summary['test_examples']} test examples, {summary['seconds']:.0f} s"
-    table = _table(title, "", *("bag of words" if who == "baseline" else who for who in people))
+    table = _table(title, "", *("bag of words" if who == "baseline" else who for who in people), numbers=True)
     for metric in metrics:
         values = [summary.get(f"{who}_{metric}") for who in people]
         table.add_row(metric.replace("_", " "), *("-" if v is None else f"{100 * v:.1f} %" for v in values))
@@ -148,7 +149,7 @@ def evaluate(
     from snlp_zoo.train.run import evaluate_checkpoint
 
     scores = evaluate_checkpoint(path_or_entry, data, text=text, text_pair=text_pair, label=label)
-    table = _table(scores["path"], "metric", "value")
+    table = _table(scores["path"], "metric", "value", numbers=True)
     for key, value in scores.items():
         if key != "path":
             table.add_row(key, f"{100 * value:.1f} %" if isinstance(value, float) else str(value))

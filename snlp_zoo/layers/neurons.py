@@ -284,7 +284,6 @@ def _count(current: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-@torch.no_grad()
 def amplitudes_updated(net: nn.Module, move: bool = True) -> Iterator[None]:
     """Around one forward of `net` in training mode: move every alpha (mode "ema") by what the last batch measured.
 
@@ -297,9 +296,8 @@ def amplitudes_updated(net: nn.Module, move: bool = True) -> Iterator[None]:
         target = torch.where(node.magnitude > 0, node.firing_k * node.magnitude, node.alpha)  # 0: not measured yet
         node.alpha.lerp_(target, 1 - node.momentum)
     yield
-    if not any(len(node.measured) for node in nodes):
+    if not (nodes := [node for node in nodes if len(node.measured)]):
         return
-    nodes = [node for node in nodes if len(node.measured)]
     sums = torch.cat([torch.cat([n.measured[:-1] * n.measured[-1], n.measured[-1:]]) for n in nodes])
     if dist.is_initialized():
         dist.all_reduce(sums)

@@ -140,10 +140,9 @@ def _tune(
         for name, parameter in teacher.base_model.named_parameters():
             parameter.requires_grad_(name.startswith("pooler"))
     settings = part.train
-    batch_size = -(-settings.batch_size // accelerator.num_processes) * accelerator.num_processes
     eval_batch_size = settings.eval_batch_size * accelerator.num_processes
     loaders = (
-        loader(train, tokenizer, batch_size, seed=settings.seed, shuffle=True, drop_last=True),
+        loader(train, tokenizer, settings.batch_size, seed=settings.seed, shuffle=True, drop_last=True),
         loader(validation, tokenizer, eval_batch_size, shuffle=False, drop_last=False),
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,7 @@ class _ExplicitState(neuron.BaseNode):
             return super().forward(*inputs, **kwargs)
         if self.step_mode != "m":
             raise ValueError("from_rest=True runs all time steps at once and needs step_mode='m'")
-        (spikes,), _ = self.functional_forward(inputs, tuple(self._memories_rv.values()), **kwargs)
-        return spikes
+        return self.run(inputs[0], None, carry_out=False, **kwargs)[0]
 
     def materialize_states(self, inputs, states, step_mode):
         x, v = (inputs[0][0] if step_mode == "m" else inputs[0]), states[0]
@@ -73,18 +72,22 @@ class _LIFBase(_ExplicitState):
         return self.tau
 
     def multi_step_functional_forward(self, inputs, states, **kwargs):
-        spikes, v = lif(
-            inputs[0],
-            states[0],
+        spikes, v = self.run(inputs[0], states[0])
+        return (spikes,), (v, *states[1:])
+
+    def run(self, current: Tensor, v: Tensor | None, carry_out: bool = True) -> tuple[Tensor, Tensor | None]:
+        return lif(
+            current,
+            v,
             tau=self._tau(),
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
             decay_input=getattr(self, "decay_input", False),
             detach_reset=self.detach_reset,
             surrogate=_translate(self.surrogate_function),
+            carry_out=carry_out,
             backend=self.backend,
         )
-        return (spikes,), (v, *states[1:])
 
 
 class LIFNode(_LIFBase, neuron.LIFNode):
@@ -214,8 +217,8 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             self.register_buffer("alpha", alpha)
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("magnitude", torch.zeros(time_steps))
-        # what this process's last forward measured: mean|m[t]| for each step, then the number of tokens
-        self.measured = torch.zeros(0)
+        # what this process's last forward measured: the sum of |m[t]| for each step, over so many elements
+        self.measured, self.counted = torch.zeros(0), torch.zeros(())
 
     def extra_repr(self) -> str:
         return (
@@ -226,35 +229,46 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
     def multi_step_functional_forward(self, inputs, states, *, mask: Tensor | None = None):
         """Amplitudes repeat every T steps. `mask` ([B, N], 1 for real tokens) keeps padding out of what is measured."""
         (current,), (v, step) = inputs, states
+        spikes, v = self.run(current, v, step=step, mask=mask)
+        return (spikes,), (v, (step + len(current)) % self.time_steps)
+
+    def run(
+        self, current: Tensor, v: Tensor | None, *, step: int = 0, mask: Tensor | None = None, carry_out: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Spikes and membrane of all steps of `current`, the first with amplitude `step`; v None starts at rest."""
         index = [(step + t) % self.time_steps for t in range(len(current))]
         options: dict[str, Any] = {"beta": self.beta, "reset": self.reset_kind, "backend": self.backend}
         if self.training and not self._is_initialized():
             self._initialize(current.detach(), v, index, mask, options)
-        alpha = self.alpha[index]  # a copy: a later update must not reach into this call's backward
+        once = index == list(range(self.time_steps))  # the usual case: every amplitude in its order
+        # a copy: a later update must not reach into this call's backward
+        alpha = self.alpha.clone() if once else self.alpha[index]
         if self.alpha_mode == "learned":
             scale = current[0].numel() ** -0.5
             alpha = alpha * scale + (alpha * (1 - scale)).detach()
-        if self.training and self.alpha_mode == "ema":
-            (spikes, v), magnitude = elastic_bispike_measured(current, v, alpha, mask, **options)
-            if len(self.measured) != self.time_steps + 1 or self.measured.device != magnitude.device:
-                self.measured = magnitude.new_zeros(self.time_steps + 1)
-            self.measured[index] = magnitude
-            self.measured[-1] = _count(current, mask)
+        options["carry_out"] = carry_out
+        if not (self.training and self.alpha_mode == "ema"):
+            return elastic_bispike(current, v, alpha, **options)
+        output, total = elastic_bispike_measured(current, v, alpha, mask, **options)
+        if once:
+            self.measured = total
         else:
-            spikes, v = elastic_bispike(current, v, alpha, **options)
-        return (spikes,), (v, (step + len(current)) % self.time_steps)
+            if len(self.measured) != self.time_steps or self.measured.device != total.device:
+                self.measured = total.new_zeros(self.time_steps)
+            self.measured[index] = total
+        self.counted = _count(current, mask).to(total)
+        return output
 
     @torch.no_grad()
     def _initialize(self, current: Tensor, v: Tensor, index: list[int], mask: Tensor | None, options: dict) -> None:
         """Set alpha[t] = firing_k mean|m[t]| one step after another: each amplitude shapes the next membrane."""
         for t, x in zip(index, current, strict=True):
             # any amplitude measures the same m; only the carried membrane needs the right one
-            _, magnitude = elastic_bispike_measured(x.unsqueeze(0), v, torch.ones_like(self.alpha[:1]), mask, **options)
-            count = _count(current, mask).to(magnitude)
-            total = torch.stack([magnitude[0] * count, count])
+            _, total = elastic_bispike_measured(x.unsqueeze(0), v, torch.ones_like(self.alpha[:1]), mask, **options)
+            sums = torch.cat([total, _count(current, mask).to(total).view(1)])
             if dist.is_initialized():
-                dist.all_reduce(total)
-            self.alpha[t] = self.firing_k * total[0] / total[1].clamp_min(1)
+                dist.all_reduce(sums)
+            self.alpha[t] = self.firing_k * sums[0] / sums[1].clamp_min(1)
             _, v = elastic_bispike(x.unsqueeze(0), v, self.alpha[t : t + 1], **options)
         if index[-1] == self.time_steps - 1:
             self.initialized.fill_(True)
@@ -278,9 +292,10 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
 
 
 def _count(current: Tensor, mask: Tensor | None) -> Tensor:
-    """How many tokens (or rows, without a mask) one step of `current` measures."""
-    rows = current[0].numel() / current.shape[-1] if mask is None else mask.sum()
-    return torch.as_tensor(rows, device=current.device)
+    """How many elements one step of `current` measures."""
+    if mask is None:
+        return torch.full((), current[0].numel(), device=current.device)
+    return mask.expand(current.shape[1:-1]).sum() * current.shape[-1]
 
 
 @contextmanager
@@ -298,7 +313,7 @@ def amplitudes_updated(net: nn.Module, move: bool = True) -> Iterator[None]:
     yield
     if not (nodes := [node for node in nodes if len(node.measured)]):
         return
-    sums = torch.cat([torch.cat([n.measured[:-1] * n.measured[-1], n.measured[-1:]]) for n in nodes])
+    sums = torch.cat([torch.cat([n.measured, n.counted.view(1)]) for n in nodes])
     if dist.is_initialized():
         dist.all_reduce(sums)
     for node, total in zip(nodes, sums.split([n.time_steps + 1 for n in nodes]), strict=True):

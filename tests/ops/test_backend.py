@@ -10,10 +10,12 @@ CPU = torch.zeros(1)
 
 @pytest.fixture
 def present(monkeypatch):
-    """Function: pretend that exactly these modules can be imported."""
+    """Function: pretend that exactly these kernels of lif are written, and these packages installed."""
 
-    def pretend(*names):
-        monkeypatch.setattr(module, "find_spec", lambda name: object() if name in names else None)
+    def pretend(written, installed):
+        monkeypatch.setattr(module, "_WRITTEN", {("lif", kernel) for kernel in written})
+        monkeypatch.setattr(module, "_INSTALLED", {kernel: kernel in installed for kernel in module.KERNELS})
+        monkeypatch.setattr(module, "INTERPRETED", False)
 
     return pretend
 
@@ -42,27 +44,36 @@ def test_backend_error_can_be_caught_as_ours_and_as_runtime_error():
 
 
 @pytest.mark.parametrize(
-    ("modules", "reason"),
+    ("written", "installed", "tensor", "reason"),
     [
-        ((), "this version has no triton kernel"),
-        (("snlp_zoo.ops.lif.triton",), r"triton is not installed \(pip install 'snlp-zoo\[triton\]'\)"),
-        (("snlp_zoo.ops.lif.triton", "triton"), "it needs CUDA tensors, got cpu"),
+        ([], ["triton"], CPU, "this version has no triton kernel"),
+        (["triton"], [], CPU, r"triton is not installed \(pip install 'snlp-zoo\[triton\]'\)"),
+        (["triton"], ["triton"], CPU, "it needs CUDA tensors, got cpu"),
     ],
 )
-def test_each_obstacle_is_named(present, modules, reason):
-    present(*modules)
+def test_each_obstacle_is_named(present, written, installed, tensor, reason):
+    present(written, installed)
     with pytest.raises(BackendError, match=reason):
-        resolve("triton", CPU, "lif")
+        resolve("triton", tensor, "lif")
 
 
 def test_auto_takes_the_first_kernel_that_runs(present):
     cuda = torch.device("cuda")
-    present("snlp_zoo.ops.lif.triton", "triton", "snlp_zoo.ops.lif.cupy", "cupy")
+    present(["triton", "cupy"], ["triton", "cupy"])
     assert explain("lif", cuda)[0] == "triton"
-    present("snlp_zoo.ops.lif.cupy", "cupy")
+    assert explain("lif", cuda, torch.float64) == (
+        "torch",
+        "triton: it computes float32, bfloat16, float16, got torch.float64; "
+        "cupy: it computes float32, bfloat16, float16, got torch.float64",
+    )
+    present(["triton", "cupy"], ["cupy"])
     assert explain("lif", cuda)[0] == "cupy"
-    present()
+    present(["triton", "cupy"], [])
     name, reason = explain("lif", cuda)
     assert name == "torch"
     assert "triton: " in reason
     assert "cupy: " in reason
+
+
+def test_every_op_has_both_kernels():
+    assert {("lif", "triton"), ("lif", "cupy"), ("bispike", "triton"), ("bispike", "cupy")} <= module._WRITTEN

@@ -32,8 +32,8 @@ def calibrated(inputs, k, reset):
     """Spikes [T, N] when every alpha[t] is k mean|m[t]| of these very inputs, as in a first training batch."""
     v, spikes = torch.zeros_like(inputs[0]), []
     for x in inputs:
-        _, magnitude = elastic_bispike_measured(x[None], v, torch.ones(1), None, reset=reset)
-        s, v = elastic_bispike(x[None], v, k * magnitude, reset=reset)
+        _, total = elastic_bispike_measured(x[None], v, torch.ones(1), None, reset=reset)
+        s, v = elastic_bispike(x[None], v, k * total / x.numel(), reset=reset)
         spikes.append(s[0])
     return torch.stack(spikes)
 
@@ -213,8 +213,8 @@ def test_empty_batch():
     spikes, v, grad_current, grad_v, grad_alpha = run(elastic_bispike, inputs)
     assert (spikes.shape, v.shape, grad_current.shape, grad_v.shape) == ((4, 0, 5), (0, 5), (4, 0, 5), (0, 5))
     assert grad_alpha.tolist() == [0, 0, 0, 0]
-    _, magnitude = elastic_bispike_measured(*(x.detach() for x in inputs), None)
-    assert magnitude.tolist() == [0, 0, 0, 0]
+    _, total = elastic_bispike_measured(*(x.detach() for x in inputs), None)
+    assert total.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -275,27 +275,27 @@ def test_learned_amplitude_saves_the_input_too(saved_for_backward):
     assert saved.nbytes == current.numel() + alpha.nbytes + current.nbytes + v_init.nbytes
 
 
-def loop_magnitudes(current, v, alpha, mask, reset):
-    means = []
+def loop_totals(current, v, alpha, mask, reset):
+    totals = []
     for t, x in enumerate(current):
         m = (v + x).abs()
-        means.append(m.mean() if mask is None else m[mask.bool()].mean())
+        totals.append(m.sum() if mask is None else m[mask.bool()].sum())
         v = elastic_bispike_reference(x[None], v, alpha[t : t + 1], beta=0.25, reset=reset).v
-    return torch.stack(means)
+    return torch.stack(totals)
 
 
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_measured_magnitude_is_the_mean_over_what_counts(reset, masked, dtype):
+def test_measured_total_is_the_sum_over_what_counts(reset, masked, dtype):
     inputs = [x.detach() for x in make_inputs((4, 3, 7, 5), dtype)]
     mask = (torch.rand(3, 7) < 0.6).long() if masked else None
-    output, magnitude = elastic_bispike_measured(*inputs, mask, reset=reset)
+    output, total = elastic_bispike_measured(*inputs, mask, reset=reset)
     plain = elastic_bispike(*inputs, reset=reset)
     assert torch.equal(output.spikes, plain.spikes)
     assert torch.equal(output.v, plain.v)
-    assert magnitude.dtype == torch.float64
-    torch.testing.assert_close(magnitude, loop_magnitudes(*inputs, mask, reset).double(), rtol=1e-5, atol=0)
+    assert total.dtype == torch.float64
+    torch.testing.assert_close(total, loop_totals(*inputs, mask, reset).double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -304,16 +304,16 @@ def test_half_precision_measures_in_full(dtype, masked):
     current = torch.randn(4, 3, 7, 5).to(dtype)
     mask = (torch.rand(3, 7) < 0.6).long() if masked else None
     alpha = torch.ones(4)
-    _, magnitude = elastic_bispike_measured(current, torch.zeros(3, 7, 5), alpha, mask)
-    expected = loop_magnitudes(current.float(), torch.zeros(3, 7, 5), alpha, mask, "symmetric")
-    torch.testing.assert_close(magnitude, expected.double(), rtol=1e-5, atol=0)
+    _, total = elastic_bispike_measured(current, torch.zeros(3, 7, 5), alpha, mask)
+    expected = loop_totals(current.float(), torch.zeros(3, 7, 5), alpha, mask, "symmetric")
+    torch.testing.assert_close(total, expected.double(), rtol=1e-5, atol=0)
 
 
-def test_measured_magnitude_carries_no_gradient_and_survives_an_empty_mask():
+def test_measured_total_carries_no_gradient_and_survives_an_empty_mask():
     current, v_init, alpha = make_inputs((2, 3, 4))
-    output, magnitude = elastic_bispike_measured(current, v_init, alpha, torch.zeros(3))
-    assert magnitude.tolist() == [0, 0]
-    assert not magnitude.requires_grad
+    output, total = elastic_bispike_measured(current, v_init, alpha, torch.zeros(3))
+    assert total.tolist() == [0, 0]
+    assert not total.requires_grad
     assert output.spikes.requires_grad
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from snlp_zoo.ops.backend import resolve
+from snlp_zoo.ops.bispike import kernel
 from snlp_zoo.ops.bispike.analytic import elastic_bispike_analytic
 from snlp_zoo.ops.bispike.reference import ALPHA_FLOOR, BiSpikeOutput, Reset, elastic_bispike_reference
 
@@ -17,67 +18,73 @@ __all__ = [
     "elastic_bispike_measured",
     "elastic_bispike_reference",
 ]
+_SIGNS = (torch.int8, torch.float8_e4m3fn)  # spike_dtype for -1, 0, 1 without alpha
 
 
 def elastic_bispike(
     current: Tensor,
-    v_init: Tensor,
+    v_init: Tensor | None,
     alpha: Tensor,
     *,
     beta: float = 0.25,
     reset: Reset = "symmetric",
+    spike_dtype: torch.dtype | None = None,
+    carry_out: bool = True,
     backend: str = "auto",
 ) -> BiSpikeOutput:
     """Ternary spikes {-alpha, 0, alpha} with a leaky membrane over T steps; equations in `elastic_bispike_reference`.
 
     Args:
         current: input current, [T, ...], unit of v; float32, float64, bfloat16 or float16.
-        v_init: membrane carried into step 0, already leaked and reset, [...] (current without T); zeros at rest.
+        v_init: membrane carried into step 0, already leaked and reset, [...] (current without T); None at rest.
         alpha: spike amplitude of each step, [T], unit of v, same dtype as the membrane; may require a gradient.
         beta: leak, the share of the membrane kept by a neuron that did not fire; 0 makes the neuron memoryless.
         reset: "symmetric", or "reference" for the released recursion, value by value.
+        spike_dtype: dtype of the spikes, default current's. int8 and float8_e4m3fn hold -1, 0, 1 without alpha, and
+            carry no gradient: for products in low precision.
+        carry_out: False leaves v out (None), which saves writing it.
         backend: "auto", "torch", "triton" or "cupy".
     Returns:
-        BiSpikeOutput: spikes [T, ...] in current's dtype; v [...], the membrane to carry into the next call
-        (float32 for half inputs). One call over T steps equals two calls over its halves with the state passed on.
+        BiSpikeOutput: spikes [T, ...]; v [...], the membrane to carry into the next call (float32 for half inputs).
+        One call over T steps equals two calls over its halves with the state passed on.
     Raises:
-        ValueError: shapes disagree, T is 0, or the reset is unknown.
+        ValueError: shapes disagree, T is 0, the reset is unknown, or a dtype does not fit.
         BackendError: the named backend cannot run here.
     """
-    spikes, v, _ = _run(current, v_init, alpha, beta, reset, backend, None)
+    spikes, v, _ = _run(current, v_init, alpha, None, beta, reset, spike_dtype, False, carry_out, backend)
     return BiSpikeOutput(spikes, v)
 
 
 def elastic_bispike_measured(
     current: Tensor,
-    v_init: Tensor,
+    v_init: Tensor | None,
     alpha: Tensor,
     mask: Tensor | None,
     *,
     beta: float = 0.25,
     reset: Reset = "symmetric",
+    spike_dtype: torch.dtype | None = None,
+    carry_out: bool = True,
     backend: str = "auto",
 ) -> tuple[BiSpikeOutput, Tensor]:
-    """`elastic_bispike`, and mean|m[t]| of each step, [T] float64, from the same pass: what calibrates alpha.
+    """`elastic_bispike`, and the sum of |m[t]| of each step, [T] float64, from the same pass: what calibrates alpha.
 
     Args:
-        mask: 1 for the positions that count, shape of current without T and width; None counts all.
+        mask: 1 for the positions that count, else 0; shape of current without T and width. None counts all.
     """
-    counted = torch.ones(()) if mask is None else mask
-    spikes, v, magnitude = _run(current, v_init, alpha, beta, reset, backend, counted)
-    return BiSpikeOutput(spikes, v), magnitude
+    spikes, v, total = _run(current, v_init, alpha, mask, beta, reset, spike_dtype, True, carry_out, backend)
+    return BiSpikeOutput(spikes, v), total
 
 
-def _run(
-    current: Tensor, v_init: Tensor, alpha: Tensor, beta: float, reset: Reset, backend: str, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the arguments, choose the backend, compute in float32 or wider. A mask asks for the measurement."""
+def _check(current: Tensor, v_init: Tensor | None, alpha: Tensor, reset: str, spike_dtype: torch.dtype | None) -> None:
     if current.ndim == 0 or current.shape[0] == 0:
         raise ValueError(f"elastic_bispike: current needs at least one time step on axis 0, got {tuple(current.shape)}")
-    if current.shape[1:] != v_init.shape:
+    if not current.is_floating_point() or current.element_size() == 1:
+        raise ValueError(f"elastic_bispike: current must be float32, float64, bfloat16 or float16, got {current.dtype}")
+    if v_init is not None and current.shape[1:] != v_init.shape:
         raise ValueError(
             f"elastic_bispike: v_init {tuple(v_init.shape)} must equal current without T {tuple(current.shape[1:])}; "
-            "pass current.new_zeros(current.shape[1:]) to start at rest"
+            "pass None to start at rest"
         )
     if alpha.shape != current.shape[:1]:
         raise ValueError(
@@ -86,15 +93,40 @@ def _run(
         )
     if reset not in get_args(Reset):
         raise ValueError(f"elastic_bispike: unknown reset {reset!r}; use one of {', '.join(get_args(Reset))}")
-    resolve(backend, current, op="bispike")
+    if spike_dtype is not None and not (
+        spike_dtype in _SIGNS or (spike_dtype.is_floating_point and spike_dtype.itemsize > 1)
+    ):
+        raise ValueError(
+            f"elastic_bispike: spikes of both signs do not fit {spike_dtype}; use int8, float8_e4m3fn or a float dtype"
+        )
+
+
+def _run(
+    current: Tensor,
+    v_init: Tensor | None,
+    alpha: Tensor,
+    mask: Tensor | None,
+    beta: float,
+    reset: Reset,
+    spike_dtype: torch.dtype | None,
+    measured: bool,
+    carry_out: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Check the arguments, choose the backend, keep the membrane in float32 or wider."""
+    _check(current, v_init, alpha, reset, spike_dtype)
+    chosen = resolve(backend, current, op="bispike")
     state = torch.promote_types(current.dtype, torch.float32)  # half precision would shift spikes over T
-    weight = None
-    if mask is not None:  # what each element adds to the mean
-        # summed in float64: the mean, and with it alpha, must not depend on how a batch is split over processes
-        wide = state if current.device.type == "mps" else torch.float64
-        counted = mask.to(current.device, wide).expand(v_init.shape[:-1]).unsqueeze(-1)
-        weight = counted / (counted.sum() * v_init.shape[-1]).clamp_min(1)
-    spikes, v, magnitude = elastic_bispike_analytic(
-        current.to(state), v_init.to(state), alpha.to(state), beta=beta, reset=reset, weight=weight
-    )
-    return spikes.to(current.dtype), v, magnitude
+    alpha = alpha.to(state)
+    v_init = None if v_init is None else v_init.to(state)
+    if mask is not None:
+        mask = mask.to(current.device).expand(current.shape[1:-1])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and spike_dtype not in _SIGNS):
+        if chosen == "torch":
+            spikes, v, total = elastic_bispike_analytic(current, v_init, alpha, mask, beta, reset, measured, carry_out)
+            spikes = (spikes.sign() if spike_dtype in _SIGNS else spikes).to(spike_dtype or current.dtype)
+        else:
+            spikes, v, total, _ = kernel.bispike(
+                current, v_init, alpha, mask, beta, reset, spike_dtype or current.dtype, measured, carry_out, chosen
+            )
+    return spikes, v if carry_out else None, total

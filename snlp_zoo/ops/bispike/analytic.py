@@ -72,10 +72,26 @@ def _grad_alpha(
 
 
 def elastic_bispike_analytic(
-    current: Tensor, v_init: Tensor, alpha: Tensor, *, beta: float, reset: Reset, weight: Tensor | None = None
+    current: Tensor,
+    v_init: Tensor | None,
+    alpha: Tensor,
+    mask: Tensor | None,
+    beta: float,
+    reset: Reset,
+    measured: bool,
+    carry_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same function as `elastic_bispike_reference`; memory for the backward is one byte per element and step.
 
-    Third output, [T]: the sum of |m[t]| times `weight` ([..., 1], rows of v_init) in weight's dtype, else zeros.
+    Returns spikes in current's dtype, the membrane (empty unless `carry_out`), and, if `measured`, the sum of |m[t]|
+    over the rows that `mask` counts, [T] float64 (zeros otherwise).
     """
+    current = current.to(alpha.dtype)
+    if v_init is None:
+        v_init = torch.zeros_like(current[0])
+    weight = None
+    if measured:  # in float64: the sum, and with it alpha, must not depend on how a batch is split over processes
+        wide = torch.float32 if current.device.type == "mps" else torch.float64
+        rows = v_init.shape[:-1]
+        weight = (torch.ones((), device=current.device) if mask is None else mask).to(wide).expand(rows).unsqueeze(-1)
     return _BiSpike.apply(current, v_init, alpha, beta, reset, weight)

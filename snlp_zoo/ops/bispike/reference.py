@@ -14,7 +14,7 @@ ALPHA_FLOOR = 9.999999747378752e-06  # float32 of 1e-5; in the spikes only, the 
 
 class BiSpikeOutput(NamedTuple):
     spikes: Tensor  # [T, ...] in {-alpha[t], 0, alpha[t]}
-    v: Tensor  # [...] membrane carried out of the last step: leaked and reset
+    v: Tensor | None  # [...] membrane carried out of the last step: leaked and reset
 
 
 class _Quantise(torch.autograd.Function):

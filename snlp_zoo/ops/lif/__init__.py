@@ -4,16 +4,18 @@ import torch
 from torch import Tensor
 
 from snlp_zoo.ops.backend import resolve
+from snlp_zoo.ops.lif import kernel
 from snlp_zoo.ops.lif.analytic import lif_analytic
 from snlp_zoo.ops.lif.reference import LIFOutput, lif_reference
 from snlp_zoo.ops.surrogates import Surrogate, as_surrogate
 
 __all__ = ["LIFOutput", "lif", "lif_reference"]
+_LOW = (torch.bool, torch.int8, torch.float8_e4m3fn)  # spike_dtype without gradient
 
 
 def lif(
     current: Tensor,
-    v_init: Tensor,
+    v_init: Tensor | None,
     *,
     tau: float | Tensor,
     v_threshold: float,
@@ -21,46 +23,73 @@ def lif(
     decay_input: bool = True,
     detach_reset: bool = True,
     surrogate: str | Surrogate = "atan",
+    spike_dtype: torch.dtype | None = None,
+    carry_out: bool = True,
     backend: str = "auto",
 ) -> LIFOutput:
     """Leaky integrate-and-fire over T steps; equations in `lif_reference`.
 
     Args:
         current: input current, [T, ...], unit of v; float32, float64, bfloat16 or float16.
-        v_init: membrane potential before step 0, [...] (current without T); at rest it is v_reset, or 0 if None.
+        v_init: membrane potential before step 0, [...] (current without T); None at rest: v_reset, or 0 if that is None.
         tau: membrane time constant in steps, >= 1; a number, or a tensor (learnable) broadcastable to v_init.
         v_threshold: fires where the charged membrane reaches it.
         v_reset: potential after a spike (hard reset); None subtracts v_threshold instead (soft reset).
         decay_input: divide the input current by tau too.
         detach_reset: keep the reset out of the gradient.
         surrogate: name from `SURROGATES`, or a `Surrogate` with its own steepness.
+        spike_dtype: dtype of the spikes, default current's. bool, int8 and float8_e4m3fn carry no gradient: for products
+            in low precision.
+        carry_out: False leaves v out (None), which saves writing it.
         backend: "auto", "torch", "triton" or "cupy".
     Returns:
-        LIFOutput: spikes [T, ...] in {0, 1} in current's dtype, v [...] after step T-1 (float32 for half inputs).
+        LIFOutput: spikes [T, ...] in {0, 1}, v [...] after step T-1 (float32 for half inputs).
         One call over T steps equals two calls over its halves with the state passed on.
     Raises:
-        ValueError: shapes disagree, T is 0, or tau < 1.
+        ValueError: shapes disagree, T is 0, tau < 1, or a dtype does not fit.
         BackendError: the named backend cannot run here.
     """
+    _check(current, v_init, tau, spike_dtype)
+    chosen = resolve(backend, current, op="lif")
+    state = torch.promote_types(current.dtype, torch.float32)  # half precision would shift spikes over T
+    v_init = None if v_init is None else v_init.to(state)
+    learned = isinstance(tau, Tensor)
+    leak = 1 / tau.to(current.device, state) if learned else None
+    leak_value = 0.0 if learned else 1 / tau
+    options = (v_threshold, v_reset, decay_input, detach_reset)
+    surrogate = as_surrogate(surrogate)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and spike_dtype not in _LOW):
+        if chosen == "torch":
+            leak = torch.tensor(leak_value, dtype=state, device=current.device) if leak is None else leak
+            spikes, v = lif_analytic(current, v_init, leak, *options, surrogate, carry_out)
+            spikes = spikes.to(spike_dtype or current.dtype)
+        else:
+            leak = None if leak is None else _period(leak, current.shape[1:])
+            how = (surrogate.name, surrogate.alpha, spike_dtype or current.dtype, carry_out, chosen)
+            spikes, v, _ = kernel.lif(current, v_init, leak, leak_value, *options, *how)
+    return LIFOutput(spikes, v if carry_out else None)
+
+
+def _period(leak: Tensor, step: torch.Size) -> Tensor:
+    """leak without leading axes of length one, and without gaps along the others: it repeats over the flattened step."""
+    while leak.ndim and leak.shape[0] == 1:
+        leak = leak.squeeze(0)
+    return leak.expand(step[len(step) - leak.ndim :])
+
+
+def _check(current: Tensor, v_init: Tensor | None, tau: float | Tensor, spike_dtype: torch.dtype | None) -> None:
     if current.ndim == 0 or current.shape[0] == 0:
         raise ValueError(f"lif: current needs at least one time step on axis 0, got shape {tuple(current.shape)}")
-    if current.shape[1:] != v_init.shape:
+    if not current.is_floating_point() or current.element_size() == 1:
+        raise ValueError(f"lif: current must be float32, float64, bfloat16 or float16, got {current.dtype}")
+    if v_init is not None and current.shape[1:] != v_init.shape:
         raise ValueError(
             f"lif: v_init {tuple(v_init.shape)} must equal current without T {tuple(current.shape[1:])}; "
-            "pass current.new_zeros(current.shape[1:]) to start at rest"
+            "pass None to start at rest"
         )
     if not isinstance(tau, Tensor) and not tau >= 1:
         raise ValueError(f"lif: tau is in time steps and must be at least 1, got {tau}")
-    resolve(backend, current, op="lif")
-    state = torch.promote_types(current.dtype, torch.float32)  # half precision would shift spikes over T
-    spikes, v = lif_analytic(
-        current.to(state),
-        v_init.to(state),
-        tau=tau,
-        v_threshold=v_threshold,
-        v_reset=v_reset,
-        decay_input=decay_input,
-        detach_reset=detach_reset,
-        surrogate=as_surrogate(surrogate),
-    )
-    return LIFOutput(spikes.to(current.dtype), v)
+    if spike_dtype is not None and not (
+        spike_dtype in _LOW or (spike_dtype.is_floating_point and spike_dtype.itemsize > 1)
+    ):
+        raise ValueError(f"lif: spike_dtype {spike_dtype}: use bool, int8, float8_e4m3fn or a float dtype")

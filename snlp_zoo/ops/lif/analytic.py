@@ -62,15 +62,21 @@ class _LIF(torch.autograd.Function):
 
 def lif_analytic(
     current: Tensor,
-    v_init: Tensor,
-    *,
-    tau: float | Tensor,
+    v_init: Tensor | None,
+    leak: Tensor,
     v_threshold: float,
     v_reset: float | None,
     decay_input: bool,
     detach_reset: bool,
     surrogate: Surrogate,
-) -> LIFOutput:
-    """Same function as `lif_reference`; memory for the backward is the input alone."""
-    leak = 1 / torch.as_tensor(tau, dtype=v_init.dtype, device=v_init.device)
-    return LIFOutput(*_LIF.apply(current, v_init, leak, v_threshold, v_reset, decay_input, detach_reset, surrogate))
+    carry_out: bool,
+) -> tuple[Tensor, Tensor]:
+    """Same function as `lif_reference` with leak = 1 / tau; memory for the backward is the input alone.
+
+    Returns spikes in current's dtype and the membrane (empty unless `carry_out`).
+    """
+    state = torch.promote_types(current.dtype, torch.float32)
+    current = current.to(state)
+    if v_init is None:
+        v_init = torch.full_like(current[0], v_reset or 0.0)
+    return _LIF.apply(current, v_init, leak, v_threshold, v_reset, decay_input, detach_reset, surrogate)

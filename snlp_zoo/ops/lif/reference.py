@@ -14,7 +14,7 @@ from snlp_zoo.ops.surrogates import Surrogate
 
 class LIFOutput(NamedTuple):
     spikes: Tensor  # [T, ...] in {0, 1}
-    v: Tensor  # [...] membrane potential after the last step, reset included
+    v: Tensor | None  # [...] membrane potential after the last step, reset included
 
 
 def lif_reference(
@@ -39,10 +39,10 @@ def lif_reference(
     Source: Fang et al. 2021 (arXiv:2007.05785); SpikingJelly's LIFNode, IFNode and ParametricLIFNode.
     """
     v, spikes = v_init, []
-    v_rest = 0.0 if v_reset is None else v_reset
+    v_rest, leak = 0.0 if v_reset is None else v_reset, 1 / tau
     for current_t in current:
         drive = current_t if decay_input else 0.0
-        h = v + (drive - (v - v_rest)) / tau + (0.0 if decay_input else current_t)
+        h = v + (drive - (v - v_rest)) * leak + (0.0 if decay_input else current_t)
         s = surrogate(h - v_threshold)
         fired = s.detach() if detach_reset else s
         v = h - fired * v_threshold if v_reset is None else (1 - fired) * h + fired * v_reset

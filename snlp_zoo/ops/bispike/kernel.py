@@ -17,7 +17,7 @@ from snlp_zoo.ops.backend import step_major
 
 def lanes(size: int) -> int:
     """Bytes of flags that one block writes per step: fewer for small inputs, so that all of the device works."""
-    return 1024 if size >= 2**20 else 128
+    return 256 if size >= 2**18 else 128
 
 
 def blocks(size: int) -> int:
@@ -53,12 +53,12 @@ def bispike(
     )
     if not current.numel():
         return spikes, v, total.zero_(), flags
-    current, v_init = step_major(current), None if v_init is None else v_init.contiguous()
-    mask = None if mask is None else mask.contiguous()
+    v_init, mask = (None if x is None else x.contiguous() for x in (v_init, mask))
     partial = alpha.new_empty(len(alpha), blocks(current[0].numel())) if measured else None
     _kernels(backend).forward(
-        current, v_init, alpha.contiguous(), mask, beta, reset, spikes, v if carry_out else None, flags, partial
-    )
+        step_major(current), v_init, alpha.contiguous(), mask, beta, reset,
+        spikes, v if carry_out else None, flags, partial,
+    )  # fmt: skip
     if partial is not None:
         torch.sum(partial, 1, dtype=torch.float64, out=total)
     return spikes, v, total, flags
@@ -92,7 +92,7 @@ def _backward(
     if grad_current.numel():
         grad_v = None if grad_v is None else grad_v.contiguous()
         _kernels(backend).backward(
-            step_major(grad_spikes), grad_v, flags, alpha, beta, grad_current, grad_v_init if carried_in else None
+            step_major(grad_spikes), grad_v, flags, alpha.contiguous(), beta, grad_current, grad_v_init if carried_in else None
         )
     return grad_current, grad_v_init
 
@@ -114,7 +114,9 @@ def _backward_alpha(
         return torch.zeros_like(alpha)
     partial = alpha.new_empty(len(alpha), blocks(current[0].numel()))
     v_init = None if v_init is None else v_init.contiguous()
-    _kernels(backend).backward_alpha(step_major(grad_spikes), step_major(current), v_init, alpha, beta, reset, partial)
+    _kernels(backend).backward_alpha(
+        step_major(grad_spikes), step_major(current), v_init, alpha.contiguous(), beta, reset, partial
+    )
     return partial.sum(1, dtype=torch.float64).to(alpha.dtype)
 
 

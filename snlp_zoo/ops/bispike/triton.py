@@ -1,8 +1,8 @@
-"""Elastic bi-spike in Triton: all T steps in one launch, the membrane in registers, two bits per element and step saved.
+"""Elastic bi-spike in Triton: all T steps in one launch, the membrane in registers, two bits saved per element.
 
-A program owns 4 * LANES elements, as 4 rows of LANES, through all steps; so a byte of flags is one column, and the loads
-of a step are wide. Steps go in groups of K, whose loads are issued together: with few elements and many steps, waiting
-for memory is all the time there is.
+A program owns 4 * LANES elements, as 4 rows of LANES, through all steps; so a byte of flags is one column, and the
+loads of a step are wide. Steps go in groups of K, whose loads are issued together: with few elements and many steps,
+waiting for memory is all the time there is.
 """
 
 import torch
@@ -134,12 +134,12 @@ def _backward_alpha(
 
 
 def _options(size: int, steps: int, dtype: torch.dtype) -> dict:
-    """Launch options. One warp reads 32 * 16 bytes of a row at a time; no fused multiply-add, to equal the reference."""
-    vector = 16 // dtype.itemsize if size >= 2**20 else 4
+    """Launch options: a thread reads 16 bytes of each row; no fused multiply-add, to equal the reference."""
+    large = lanes(size) == 256  # then other blocks have work while one waits, and groups would only cost registers
     return {
-        "K": min(triton.next_power_of_2(steps), 4),
+        "K": 1 if large else min(triton.next_power_of_2(steps), 4),
         "LANES": lanes(size),
-        "num_warps": lanes(size) // (32 * vector),
+        "num_warps": dtype.itemsize // 2 if large else 1,
         "enable_fp_fusion": False,
     }
 
@@ -182,5 +182,5 @@ def backward_alpha(
         grad_spikes, current, v_init, alpha, partial,
         len(current), size, grad_spikes.stride(0), current.stride(0), beta,
         SYMMETRIC=reset == "symmetric", CARRY_IN=v_init is not None, FLOOR=ALPHA_FLOOR,
-        BLOCK=4 * lanes(size), num_warps=8, enable_fp_fusion=False,
+        BLOCK=4 * lanes(size), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

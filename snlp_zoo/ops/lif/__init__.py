@@ -31,15 +31,15 @@ def lif(
 
     Args:
         current: input current, [T, ...], unit of v; float32, float64, bfloat16 or float16.
-        v_init: membrane potential before step 0, [...] (current without T); None at rest: v_reset, or 0 if that is None.
+        v_init: membrane potential before step 0, [...] (current without T); None at rest: v_reset, or 0 without one.
         tau: membrane time constant in steps, >= 1; a number, or a tensor (learnable) broadcastable to v_init.
         v_threshold: fires where the charged membrane reaches it.
         v_reset: potential after a spike (hard reset); None subtracts v_threshold instead (soft reset).
         decay_input: divide the input current by tau too.
         detach_reset: keep the reset out of the gradient.
         surrogate: name from `SURROGATES`, or a `Surrogate` with its own steepness.
-        spike_dtype: dtype of the spikes, default current's. bool, int8 and float8_e4m3fn carry no gradient: for products
-            in low precision.
+        spike_dtype: dtype of the spikes, default current's. bool, int8 and float8_e4m3fn carry no gradient: for
+            products in low precision.
         carry_out: False leaves v out (None), which saves writing it.
         backend: "auto", "torch", "triton" or "cupy".
     Returns:
@@ -71,7 +71,7 @@ def lif(
 
 
 def _period(leak: Tensor, step: torch.Size) -> Tensor:
-    """leak without leading axes of length one, and without gaps along the others: it repeats over the flattened step."""
+    """leak without leading axes of length one, the others expanded: what repeats along a flattened step."""
     while leak.ndim and leak.shape[0] == 1:
         leak = leak.squeeze(0)
     return leak.expand(step[len(step) - leak.ndim :])

@@ -1,7 +1,7 @@
 """The kernels as one PyTorch operator, `snlp_zoo::lif`: opaque to torch.compile, autocast and export.
 
-Kernels fill what is allocated here. The backward keeps the input current and computes the membrane again, GROUP steps at
-a time; where T is larger than that, the forward leaves the membrane at the start of every later group.
+Kernels fill what is allocated here. The backward keeps the input current and computes the membrane again, GROUP steps
+at a time; where T is larger than that, the forward leaves the membrane at the start of every later group.
 """
 
 from importlib import import_module
@@ -44,10 +44,9 @@ def lif(
         surrogate, steepness, spike_dtype, carry_out, backend,
     )  # fmt: skip
     if current.numel():
-        current, v_init = step_major(current), None if v_init is None else v_init.contiguous()
-        leak = None if leak is None else leak.contiguous()
+        v_init, leak = (None if x is None else x.contiguous() for x in (v_init, leak))
         _kernels(backend).forward(
-            current, v_init, leak, leak_value, v_threshold, v_reset, decay_input,
+            step_major(current), v_init, leak, leak_value, v_threshold, v_reset, decay_input,
             spikes, v if carry_out else None, starts,
         )  # fmt: skip
     return spikes, v, starts
@@ -91,10 +90,10 @@ def _backward(
     )  # fmt: skip
     if not current.numel():
         return grad_current, grad_v_init, grad_leak.zero_()
-    per_element = torch.empty_like(current[0], dtype=torch.float32) if leak is not None and learned else None
+    grad_v, v_init, leak = (None if x is None else x.contiguous() for x in (grad_v, v_init, leak))
+    per_element = grad_current.new_empty(current.shape[1:], dtype=torch.float32) if learned else None
     _kernels(backend).backward(
-        step_major(grad_spikes), None if grad_v is None else grad_v.contiguous(), step_major(current),
-        None if v_init is None else v_init.contiguous(), starts, None if leak is None else leak.contiguous(), leak_value,
+        step_major(grad_spikes), grad_v, step_major(current), v_init, starts, leak, leak_value,
         v_threshold, v_reset, decay_input, detach_reset, surrogate, steepness,
         grad_current, None if v_init is None else grad_v_init, per_element,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """LIF in Triton: all T steps in one launch, the membrane in registers; the backward recomputes it from the input.
 
-Steps go in groups of K, whose loads are issued together: with few elements and many steps, waiting for memory is all the
-time there is. The backward walks over the groups from the last to the first, each forward once (membranes) and then
-back (gradients); K divides `GROUP`, the distance of the saved starts.
+Steps go in groups of K, whose loads are issued together: with few elements and many steps, waiting for memory is all
+the time there is. The backward walks over the groups from the last to the first, each forward once (membranes) and
+then back (gradients); K divides `GROUP`, the distance of the saved starts.
 """
 
 import triton
@@ -25,21 +25,24 @@ def _reset(h, s, v_threshold, v_reset, SOFT: tl.constexpr):
 @triton.jit
 def derivative(z, alpha, NAME: tl.constexpr):
     """ds/dz of `surrogates.Surrogate`, by the same names."""
-    HALF_PI: tl.constexpr = 1.5707963267948966
     if NAME == "atan":
-        return (alpha / 2) / (1 + (HALF_PI * alpha * z) * (HALF_PI * alpha * z))
-    if NAME == "sigmoid":
+        scaled = 1.5707963267948966 * alpha * z
+        slope = (alpha / 2) / (1 + scaled * scaled)
+    elif NAME == "sigmoid":
         s = tl.sigmoid(alpha * z)
-        return alpha * s * (1 - s)
-    if NAME == "triangular":
+        slope = alpha * s * (1 - s)
+    elif NAME == "triangular":
         slope = alpha - alpha * alpha * tl.abs(z)
-        return tl.where(slope < 0, 0.0, slope)
-    if NAME == "fast_sigmoid":
-        return 1 / ((1 + alpha * tl.abs(z)) * (1 + alpha * tl.abs(z)))
-    if NAME == "rect":
-        return tl.where(tl.abs(alpha * z) <= 0.5, alpha, 0.0)
-    tl.static_assert(NAME == "ste")
-    return tl.zeros_like(z) + alpha
+        slope = tl.where(slope < 0, 0.0, slope)
+    elif NAME == "fast_sigmoid":
+        scaled = 1 + alpha * tl.abs(z)
+        slope = 1 / (scaled * scaled)
+    elif NAME == "rect":
+        slope = tl.where(tl.abs(alpha * z) <= 0.5, alpha, 0.0)
+    else:
+        tl.static_assert(NAME == "ste")
+        slope = tl.zeros_like(z) + alpha
+    return slope
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -102,10 +105,9 @@ def _backward(
             before, charged = before + (v,), charged + (h,)  # noqa: RUF005  (Triton does not unpack tuples)
             v = _reset(h, (h >= v_threshold).to(tl.float32), v_threshold, v_reset, SOFT)
         for j in tl.static_range(K):
-            k: tl.constexpr = K - 1 - j
-            t = group * K + k
-            h = charged[k]
-            grad_s = grads[k].to(tl.float32)
+            t = group * K + (K - 1 - j)
+            h = charged[K - 1 - j]
+            grad_s = grads[K - 1 - j].to(tl.float32)
             if not DETACH:
                 grad_s += grad_v * (-v_threshold if SOFT else v_reset - h)
             through = grad_v if SOFT else grad_v * (1 - (h >= v_threshold).to(tl.float32))
@@ -113,8 +115,8 @@ def _backward(
             grad_x = grad_h * leak if DECAY_INPUT else grad_h
             tl.store(grad_x_ptr + t * size + element, grad_x.to(grad_x_ptr.dtype.element_ty), mask=here & (t < T))
             if LEARNED:
-                drive = steps[k].to(tl.float32) if DECAY_INPUT else 0.0
-                grad_leak += tl.where(t < T, grad_h * (drive - (before[k] - rest)), 0.0)
+                drive = steps[K - 1 - j].to(tl.float32) if DECAY_INPUT else 0.0
+                grad_leak += tl.where(t < T, grad_h * (drive - (before[K - 1 - j] - rest)), 0.0)
             grad_v = tl.where(t < T, grad_h * (1 - leak), grad_v)
     if CARRY_IN:
         tl.store(grad_v_init_ptr + element, grad_v, mask=here)

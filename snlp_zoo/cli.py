@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snlp_zoo.doctor import torchvision_mismatch
-from snlp_zoo.errors import SnlpError
+from snlp_zoo.errors import BackendError, SnlpError
 
 app = typer.Typer(
     help="Spiking language models: list, train, evaluate, predict.",
@@ -51,7 +51,8 @@ def _print(result: dict[str, Any], as_json: bool, table: Table) -> None:
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        Console().print(table)
+        # a pipe has no width of its own: nothing there should be folded
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _table(title: str, *columns: str, numbers: bool = False) -> Table:
@@ -171,6 +172,34 @@ def predict(
     for row in predictions:
         table.add_row(row["text"], row["label"], f"{row['score']:.3f}", f"{100 * row['firing_rate']:.1f} %")
     _print({"predictions": predictions}, json_, table)
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Option(help="One op; all of them without it.")] = "",
+    json_: JsonFlag = False,
+) -> None:
+    """Time the neurons of this machine's backends against plain PyTorch and SpikingJelly."""
+    from snlp_zoo.bench import OPS, measure
+
+    if op and op not in OPS:
+        raise BackendError(f"bench: unknown op {op!r}; use one of {', '.join(OPS)}")
+
+    def progress(row: dict[str, Any]) -> None:
+        typer.echo(f"{row['op']} {row['shape']} {row['dtype']} {row['backend']}: {row['ms']:.3f} ms", err=True)
+
+    result = measure([op] if op else list(OPS), progress)
+    copy = result["copy_gb_per_s"]
+    heading = f"{result['device']}, torch {result['torch']}; one forward and backward, medians"
+    title = heading + (f"; copying: {copy:.0f} GB/s" if copy else "")
+    faster_than = ["x loop", "x compile", "x SpikingJelly"]
+    table = _table(title, "op", "T, B, N, D", "dtype", "backend", "ms", "kernels ms", "bandwidth", *faster_than)
+    for row in result["rows"]:
+        faster = (f"{row[k] / row['ms']:.1f}" if k in row else "" for k in ("loop_ms", "compile_ms", "spikingjelly_ms"))
+        kernels = (f"{row['kernels_ms']:.3f}", f"{row['gb_per_s'] / copy:.2f}") if copy else ("", "")
+        shape = ", ".join(map(str, row["shape"]))
+        table.add_row(row["op"], shape, row["dtype"], row["backend"], f"{row['ms']:.3f}", *kernels, *faster)
+    _print(result, json_, table)
 
 
 @app.command()

@@ -6,6 +6,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before any import of Triton, which then runs its kernels in Python
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it gives, and tests may run side by side
 
 

@@ -18,14 +18,14 @@ LEVELS = [
     {"registry"},
     {"distill", "data", "energy", "convert"},
     {"train", "hub", "plots", "predict"},
-    {"doctor", "cli", "__main__", "__init__"},  # may import anything of ours, each other too
+    {"doctor", "bench", "cli", "__main__", "__init__"},  # may import anything of ours, each other too
 ]
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
 MODELS_SHARE = ["models/base.py", "models/cache.py"]  # besides these, a model knows only its own configuration
 
 # Third party -> the only files that import it.
 DOORS = {
-    "spikingjelly": ["layers/neurons.py", "energy/*"],
+    "spikingjelly": ["layers/neurons.py", "energy/*", "bench.py"],
     "triton": ["ops/*/triton.py"],
     "cupy": ["ops/*/cupy.py"],
     "accelerate": ["train/loop.py"],

@@ -1,40 +1,176 @@
-"""On a CUDA device: ops equal their CPU results, SpikeLM trains under bfloat16 autocast. Run with `pytest -m gpu`."""
+"""On a CUDA device: what only a device shows of the kernels, SpikeLM under bfloat16 autocast. Run with `pytest -m gpu`.
+
+That a kernel equals its reference is tested in ops/test_kernels.py, there on a device too.
+"""
+
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import snlp_zoo
 from snlp_zoo.ops import elastic_bispike, lif
+from snlp_zoo.ops.backend import KERNELS, resolve
 
 pytestmark = pytest.mark.gpu
+MEMBRANE = {"tau": 2.0, "v_threshold": 1.0}
 
 
-def run(op, device, shape, **options):
-    generator = torch.Generator().manual_seed(0)
-    current = torch.randn(shape, generator=generator).to(device).requires_grad_()
-    v_init = torch.randn(shape[1:], generator=generator).to(device).requires_grad_()
-    output = op(current, v_init, **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()})
-    grads = [torch.randn(t.shape, generator=generator).to(device) for t in output]
-    return [t.cpu() for t in (*output, *torch.autograd.grad(output, [current, v_init], grads))]
+@pytest.fixture(params=KERNELS)
+def backend(request):
+    if find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    return request.param
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (4, 3, 17, 33), (7, 2, 100)])
-@pytest.mark.parametrize(
-    ("op", "options"),
-    [
-        (lif, {"tau": 2.0, "v_threshold": 1.0}),
-        (lif, {"tau": 2.0, "v_threshold": 0.5, "v_reset": None, "decay_input": False, "detach_reset": False}),
-        (elastic_bispike, {"reset": "symmetric"}),
-        (elastic_bispike, {"reset": "reference"}),
-    ],
-)
-def test_op_equals_cpu(op, options, shape):
-    if op is elastic_bispike:
-        options = options | {"alpha": torch.linspace(0.5, 1.5, shape[0])}
-    here, there = run(op, "cpu", shape, **options), run(op, "cuda", shape, **options)
-    assert torch.equal(here[0], there[0])
-    for a, b in zip(here[1:], there[1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+def ternary(current, v_init=None, **options):
+    return elastic_bispike(current, v_init, torch.ones(len(current), device=current.device), **options)
+
+
+def binary(current, v_init=None, **options):
+    return lif(current, v_init, **MEMBRANE, **options)
+
+
+OPS = pytest.mark.parametrize("op", [ternary, binary])
+
+
+def outcome(op, current, v_init, weight, **options):
+    """Spikes, membrane, and the gradients of both inputs where every spike weighs `weight`."""
+    output = op(current, v_init, **options)
+    return [*output, *torch.autograd.grad(output, [current, v_init], [weight, torch.ones_like(output.v)])]
+
+
+@pytest.mark.parametrize("op", ["lif", "bispike"])
+def test_auto_takes_a_kernel(op):
+    if not any(find_spec(kernel) for kernel in KERNELS):
+        pytest.skip("no kernel is installed")
+    assert resolve("auto", torch.zeros(1, device="cuda"), op) in KERNELS
+
+
+@OPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [2**17, 2**18, 2**20 + 8, 2**18 + 2, 2**18 + 1])
+def test_large_inputs_of_any_alignment(backend, op, size, dtype):
+    for steps, offset in ((4, 0), (4, 1), (3, 8), (18, 0)):
+        flat = torch.randn(2, steps * size + offset, device="cuda").to(dtype)
+        current, weight = (x[offset:].view(steps, size).requires_grad_() for x in flat)
+        v_init = torch.randn(size + offset, device="cuda")[offset:].requires_grad_()
+        got = outcome(op, current, v_init, weight, backend=backend)
+        expected = outcome(op, current, v_init, weight, backend="torch")
+        assert torch.equal(got[0], expected[0])
+        precision = max(1e-5, torch.finfo(dtype).eps)
+        for one, other in zip(got[1:], expected[1:], strict=True):
+            torch.testing.assert_close(one, other, rtol=precision, atol=precision)
+
+
+@OPS
+def test_more_elements_than_32_bits_count(backend, op):
+    steps, size = 5, 2**29 + 8
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free device memory")
+    current = torch.empty(steps, size, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
+    spikes, v = op(current, backend=backend)
+    (grad,) = torch.autograd.grad(spikes, current, torch.ones((), dtype=spikes.dtype, device="cuda").expand_as(spikes))
+    for part in (slice(1000), slice(-1000, None), slice(2**28 - 500, 2**28 + 500)):
+        some = current.detach()[:, part].requires_grad_()
+        few, few_v = op(some, backend="torch")
+        assert torch.equal(spikes[:, part], few)
+        torch.testing.assert_close(v[part], few_v, rtol=1e-6, atol=1e-6)
+        (few_grad,) = torch.autograd.grad(few, some, torch.ones_like(few))
+        torch.testing.assert_close(grad[:, part], few_grad, rtol=0.01, atol=0.01)
+
+
+@OPS
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_host_never_waits(backend, op):
+    current = torch.randn(4, 1000, device="cuda", requires_grad=True)
+    alpha = torch.ones(4, device="cuda", requires_grad=True)
+    tau = torch.full((), 2.0, device="cuda", requires_grad=True)
+
+    def step():
+        if op is ternary:
+            spikes, v = elastic_bispike(current, None, alpha, backend=backend)
+        else:
+            spikes, v = lif(current, None, tau=tau, v_threshold=1.0, backend=backend)
+        (spikes.sum() + v.sum()).backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@OPS
+def test_runs_in_order_on_the_current_stream(backend, op):
+    late = torch.randn(4, 1000, device="cuda")
+    expected = op(late, backend=backend).spikes
+    current = torch.zeros(4, 1000, device="cuda", requires_grad=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        with torch.no_grad():
+            current.copy_(late)
+        spikes = op(current, backend=backend).spikes
+        (grad,) = torch.autograd.grad(spikes.sum(), current)
+    stream.synchronize()
+    assert torch.equal(spikes, expected)
+    assert grad.any()
+
+
+@OPS
+def test_a_graph_can_capture_it(backend, op):
+    current = torch.randn(4, 1000, device="cuda", requires_grad=True)
+
+    def step():
+        spikes, v = op(current, backend=backend)
+        return spikes, v, *torch.autograd.grad(spikes.sum() + v.sum(), current)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        current.normal_()
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        assert torch.equal(one, other)
+
+
+@OPS
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_inductor_compiles_it_whole(backend, op):
+    pytest.importorskip("triton")
+
+    def rate(x):
+        spikes, v = op(x * 2, backend=backend)
+        return (spikes * x).sum() + v.square().sum()
+
+    x = torch.randn(4, 33, 20, device="cuda", requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(rate, fullgraph=True)
+    torch.testing.assert_close(compiled(x), rate(x))
+    (got,), (expected,) = (torch.autograd.grad(function(x), x) for function in (compiled, rate))
+    torch.testing.assert_close(got, expected)
+
+
+@OPS
+def test_runs_on_the_device_of_its_tensors(backend, op):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    current = torch.randn(4, 1000, device="cuda:1", requires_grad=True)
+    spikes, v = op(current, backend=backend)
+    (grad,) = torch.autograd.grad(spikes.sum(), current)
+    assert {x.device for x in (spikes, v, grad)} == {current.device}
+    assert torch.equal(spikes, op(current, backend="torch").spikes)
+    assert torch.cuda.current_device() == 0
 
 
 def test_model_equals_cpu():

@@ -3,12 +3,14 @@
 from torch import Tensor, nn
 
 from snlp_zoo.layers.neurons import ElasticBiSpike
+from snlp_zoo.ops.bispike import ALPHA_FLOOR
+from snlp_zoo.ops.spike_linear import spike_linear
 
 
 class SpikingLinear(nn.Linear):
     """y[t] = W s[t] + b with s = neuron(x): the neuron sits in front of the weights, so the product adds weights up.
 
-    Parameters are those of `torch.nn.Linear`, so dense weights load by name.
+    Parameters are those of `torch.nn.Linear`, so dense weights load by name. The backward keeps two bits per spike.
 
     Args:
         in_features, out_features, bias: as in `torch.nn.Linear`.
@@ -27,4 +29,6 @@ class SpikingLinear(nn.Linear):
                 f"SpikingLinear: axis 0 is T and must be {self.neuron.time_steps}, got shape {tuple(x.shape)}; "
                 "encode with layers.Direct first"
             )
-        return super().forward(self.neuron(x, from_rest=True, mask=mask))
+        spikes = self.neuron(x, from_rest=True, mask=mask)
+        amplitude = self.neuron.alpha.detach().clamp_min(ALPHA_FLOOR)
+        return spike_linear(spikes, amplitude, self.weight, self.bias, bits=2)

@@ -42,6 +42,13 @@ def _translate(function: "str | Surrogate | surrogate.SurrogateFunctionBase") ->
     return Surrogate(name, getattr(function, "alpha", None))
 
 
+def _spike_dtype(current: Tensor) -> torch.dtype:
+    """Under autocast spikes are written in its dtype at once: the product that follows would cast them."""
+    device = current.device.type
+    enabled = current.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else current.dtype
+
+
 class _ExplicitState(neuron.BaseNode):
     """What all our nodes share: calls from rest, float32 membranes, single steps as multi-steps of length one."""
 
@@ -85,6 +92,7 @@ class _LIFBase(_ExplicitState):
             decay_input=getattr(self, "decay_input", False),
             detach_reset=self.detach_reset,
             surrogate=_translate(self.surrogate_function),
+            spike_dtype=_spike_dtype(current),
             carry_out=carry_out,
             backend=self.backend,
         )
@@ -246,7 +254,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         if self.alpha_mode == "learned":
             scale = current[0].numel() ** -0.5
             alpha = alpha * scale + (alpha * (1 - scale)).detach()
-        options["carry_out"] = carry_out
+        options |= {"carry_out": carry_out, "spike_dtype": _spike_dtype(current)}
         if not (self.training and self.alpha_mode == "ema"):
             return elastic_bispike(current, v, alpha, **options)
         output, total = elastic_bispike_measured(current, v, alpha, mask, **options)
@@ -272,11 +280,17 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             _, v = elastic_bispike(x.unsqueeze(0), v, self.alpha[t : t + 1], **options)
         if index[-1] == self.time_steps - 1:
             self.initialized.fill_(True)
+            self._known_initialized = True
 
     def _is_initialized(self) -> bool:
         if not self.__dict__.get("_known_initialized"):  # reads the buffer (on a GPU a wait) only until it is true
             self._known_initialized = bool(self.initialized)
         return self._known_initialized
+
+    def train(self, mode: bool = True) -> "ElasticBiSpike":
+        if not self.initialized.is_meta:  # look now: a look inside a compiled forward would split its graph
+            self._known_initialized = bool(self.initialized)
+        return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._known_initialized = False

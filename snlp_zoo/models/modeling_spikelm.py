@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple
 
@@ -60,14 +61,24 @@ class SpikeLMAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(-2, -3)  # [T, B, H, N, E]
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, mask: Tensor, want_probabilities: bool) -> tuple[Tensor, Tensor | None]:
         query = self._heads(self.query(x, mask))
         key = self._heads(self.key_spikes(self.key(x, mask), from_rest=True, mask=mask))
         value = self._heads(self.value_spikes(self.value(x, mask), from_rest=True, mask=mask))
-        scores = query @ key.transpose(-1, -2) * self.head_size**-0.5
-        scores = scores.masked_fill(mask[None, :, None, None, :] == 0, torch.finfo(scores.dtype).min)
-        probabilities = self.attention_dropout(scores.softmax(-1))  # [T, B, H, N, N]
-        context = (probabilities @ value).transpose(-2, -3).flatten(-2)
+        # fused attention knows one batch axis: T and B together
+        query, key, value = (y.flatten(0, 1) for y in (query, key, value))
+        ignored = (mask == 0)[:, None, None, :].repeat(len(x), 1, 1, 1)  # [TB, 1, 1, N]
+        padding = torch.zeros_like(ignored, dtype=query.dtype).masked_fill(ignored, torch.finfo(query.dtype).min)
+        probabilities = None
+        if want_probabilities:
+            scores = query @ key.transpose(-1, -2) * self.head_size**-0.5 + padding
+            probabilities = self.attention_dropout(scores.softmax(-1))
+            context = probabilities @ value
+            probabilities = probabilities.unflatten(0, x.shape[:2])  # [T, B, H, N, N]
+        else:
+            dropout = self.attention_dropout.p if self.training else 0.0
+            context = scaled_dot_product_attention(query, key, value, padding, dropout)
+        context = context.transpose(1, 2).flatten(2).unflatten(0, x.shape[:2])
         return self.norm(self.dropout(self.output(context, mask)) + x), probabilities
 
 
@@ -92,9 +103,9 @@ class SpikeLMBlock(GradientCheckpointingLayer):
         self.attention = SpikeLMAttention(config)
         self.mlp = SpikeLMMLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, B, N, D], mask [B, N] -> x [T, B, N, D], attention probabilities [T, B, H, N, N]."""
-        x, probabilities = self.attention(x, mask)
+    def forward(self, x: Tensor, mask: Tensor, want_probabilities: bool) -> tuple[Tensor, Tensor | None]:
+        """x [T, B, N, D], mask [B, N] -> x [T, B, N, D], attention probabilities [T, B, H, N, N] if wanted."""
+        x, probabilities = self.attention(x, mask, want_probabilities)
         return self.mlp(x, mask), probabilities
 
 
@@ -144,7 +155,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel, SpikingEncoder):
         with amplitudes_updated(self), firing_rates_recorded(self, mask, want_rates) as rates:
             x = coding.encode(x)
             for layer in self.layers:
-                x, probabilities = layer(x, mask)
+                x, probabilities = layer(x, mask, want_attentions)
                 if want_hidden:
                     hidden_states.append(coding.decode(x))
                 if want_attentions:

@@ -5,6 +5,7 @@ backward, any device) and, where they exist, the kernels `triton.py` and `cupy.p
 only when that kernel is chosen.
 """
 
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,11 @@ def _obstacle(kernel: str, op: str, device: torch.device, dtype: torch.dtype) ->
     return None
 
 
+def available(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The kernels that can run `op` on such tensors, fastest first."""
+    return [kernel for kernel in KERNELS if _obstacle(kernel, op, device, dtype) is None]
+
+
 def explain(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """The backend `auto` picks for `op` on tensors of this device and dtype, and the reason in words."""
     if device.type == "cpu":
@@ -70,7 +76,7 @@ def resolve(backend: str, tensor: Tensor, op: str) -> str:
         return backend
     if obstacle := _obstacle(backend, op, tensor.device, tensor.dtype):
         raise BackendError(f"{op}: backend {backend!r} cannot run: {obstacle}; use 'auto' or 'torch'")
-    if (size := tensor.shape[1:].numel()) > MAX_ELEMENTS:
+    if (size := math.prod(tensor.shape[1:])) > MAX_ELEMENTS:
         raise ValueError(f"{op}: {size} elements per time step, a kernel indexes {MAX_ELEMENTS}; split the batch")
     return backend
 

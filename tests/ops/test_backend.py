@@ -28,7 +28,8 @@ def test_cpu_tensors_run_on_torch(op, name):
 
 @pytest.mark.parametrize("op", ["lif", "bispike"])
 @pytest.mark.parametrize("name", ["triton", "cupy"])
-def test_kernels_refuse_cpu_tensors(op, name):
+def test_kernels_refuse_cpu_tensors(op, name, monkeypatch):
+    monkeypatch.setattr(module, "INTERPRETED", False)
     with pytest.raises(BackendError, match=rf"^{op}: backend '{name}' cannot run: .+; use 'auto' or 'torch'$"):
         resolve(name, CPU, op)
 

@@ -326,7 +326,7 @@ def test_measured_total_carries_no_gradient_and_survives_an_empty_mask():
         ((4, 3), (3,), 3, {}, ValueError, r"one value per time step, shape \(4,\), got \(3,\)"),
         ((4, 3), (3,), 4, {"reset": "hard"}, ValueError, "unknown reset 'hard'; use one of symmetric, reference"),
         ((4, 3), (3,), 4, {"backend": "cuda"}, BackendError, "unknown backend 'cuda'"),
-        ((4, 3), (3,), 4, {"backend": "triton"}, BackendError, "use 'auto' or 'torch'"),
+        ((4, 3), (3,), 4, {"backend": "cupy"}, BackendError, "use 'auto' or 'torch'"),
     ],
 )
 def test_errors(current, v_init, steps, options, error, message):

@@ -204,9 +204,11 @@ def test_unlearned_input_saves_nothing(saved_for_backward):
         ((), (), {}, ValueError, "at least one time step"),
         ((4, 3), (3,), {"tau": 0.5}, ValueError, "must be at least 1, got 0.5"),
         ((4, 3), (3,), {"tau": math.nan}, ValueError, "must be at least 1, got nan"),
+        ((4, 3), (3,), {"tau": torch.ones(2)}, ValueError, r"tau \(2,\) must broadcast to current without T \(3,\)"),
+        ((4, 3), (3,), {"tau": torch.ones(1, 3)}, ValueError, r"tau \(1, 3\) must broadcast"),
         ((4, 3), (3,), {"surrogate": "atn"}, ValueError, "did you mean 'atan'"),
         ((4, 3), (3,), {"backend": "cuda"}, BackendError, "unknown backend 'cuda'"),
-        ((4, 3), (3,), {"backend": "triton"}, BackendError, "use 'auto' or 'torch'"),
+        ((4, 3), (3,), {"backend": "cupy"}, BackendError, "use 'auto' or 'torch'"),
     ],
 )
 def test_errors(current, v_init, options, error, message):

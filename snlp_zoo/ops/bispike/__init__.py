@@ -70,7 +70,7 @@ def elastic_bispike_measured(
     """`elastic_bispike`, and the sum of |m[t]| of each step, [T] float64, from the same pass: what calibrates alpha.
 
     Args:
-        mask: 1 for the positions that count, else 0; shape of current without T and width. None counts all.
+        mask: not 0 for the positions that count; shape of current without T and width. None counts all.
     """
     spikes, v, total = _run(current, v_init, alpha, mask, beta, reset, spike_dtype, True, carry_out, backend)
     return BiSpikeOutput(spikes, v), total
@@ -117,7 +117,7 @@ def _run(
     _check(current, v_init, alpha, reset, spike_dtype)
     chosen = resolve(backend, current, op="bispike")
     state = torch.promote_types(current.dtype, torch.float32)  # half precision would shift spikes over T
-    alpha = alpha.to(state)
+    alpha = alpha.to(current.device, state)
     v_init = None if v_init is None else v_init.to(state)
     if mask is not None:
         mask = mask.to(current.device).expand(current.shape[1:-1])
@@ -129,4 +129,4 @@ def _run(
             spikes, v, total, _ = kernel.bispike(
                 current, v_init, alpha, mask, beta, reset, spike_dtype or current.dtype, measured, carry_out, chosen
             )
-    return spikes, v if carry_out else None, total
+    return spikes, v if carry_out else None, total.detach()

@@ -6,6 +6,7 @@ j, j + LANES, j + 2 LANES and j + 3 LANES, the first in the lowest bits. The rel
 spike: a second plane of the same layout with 1 for a positive spike, 2 for a negative one and 3 for NaN.
 """
 
+import math
 from importlib import import_module
 from types import ModuleType
 
@@ -25,8 +26,8 @@ def blocks(size: int) -> int:
 
 
 def _flags(current: Tensor, reset: str) -> Tensor:
-    size = current.shape[1:].numel()
-    shape = (1 if reset == "symmetric" else 2, len(current), blocks(size) * lanes(size))
+    size = math.prod(current.shape[1:])  # symbolic under torch.compile, where Size.numel is not
+    shape = (1 if reset == "symmetric" else 2, current.shape[0], blocks(size) * lanes(size))
     return current.new_empty(shape, dtype=torch.uint8)
 
 
@@ -71,7 +72,7 @@ def _allocate(
     return (
         current.new_empty(current.shape, dtype=spike_dtype),
         current.new_empty(current.shape[1:] if carry_out else (0,), dtype=torch.float32),
-        current.new_empty(len(current) if measured else 0, dtype=torch.float64),
+        current.new_empty(current.shape[0] if measured else 0, dtype=torch.float64),
         _flags(current, reset),
     )
 
@@ -92,8 +93,9 @@ def _backward(
     if grad_current.numel():
         grad_v = None if grad_v is None else grad_v.contiguous()
         _kernels(backend).backward(
-            step_major(grad_spikes), grad_v, flags, alpha.contiguous(), beta, grad_current, grad_v_init if carried_in else None
-        )
+            step_major(grad_spikes), grad_v, flags, alpha.contiguous(), beta,
+            grad_current, grad_v_init if carried_in else None,
+        )  # fmt: skip
     return grad_current, grad_v_init
 
 
@@ -128,17 +130,20 @@ def _(grad_spikes, current, v_init, alpha, beta, reset, backend) -> Tensor:
 def _save(ctx, inputs, output) -> None:
     current, v_init, alpha, _, ctx.beta, ctx.reset, _, _, ctx.carry_out, ctx.backend = inputs
     ctx.dtype, ctx.carried_in, ctx.learned = current.dtype, v_init is not None, ctx.needs_input_grad[2]
+    ctx.set_materialize_grads(False)  # no zeros for the flags and an unused membrane
+    ctx.shape, ctx.spike_dtype = current.shape, output[0].dtype
     ctx.save_for_backward(output[3], alpha, *((current, v_init) if ctx.learned else ()))
 
 
 def _differentiate(ctx, grad_spikes, grad_v, *_):
     flags, alpha, *inputs = ctx.saved_tensors
     grad_alpha = None
+    if grad_spikes is None:  # only the membrane was used
+        grad_spikes = torch.zeros(ctx.shape, dtype=ctx.spike_dtype, device=alpha.device)
     if ctx.learned:
         grad_alpha = _backward_alpha(grad_spikes, *inputs, alpha, ctx.beta, ctx.reset, ctx.backend)
-    grad_v = grad_v if ctx.carry_out else None
     grad_current, grad_v_init = _backward(
-        grad_spikes, grad_v, flags, alpha, ctx.beta, ctx.dtype, ctx.carried_in, ctx.backend
+        grad_spikes, grad_v if ctx.carry_out else None, flags, alpha, ctx.beta, ctx.dtype, ctx.carried_in, ctx.backend
     )
     return grad_current, grad_v_init if ctx.carried_in else None, grad_alpha, *(None,) * 7
 

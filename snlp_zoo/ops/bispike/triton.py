@@ -16,11 +16,11 @@ from snlp_zoo.ops.bispike.reference import ALPHA_FLOOR
 
 @triton.jit
 def _spike(m, alpha, FLOOR: tl.constexpr):
-    """q alpha, fired, inside. |m| > alpha / 2 is round(m / alpha) != 0 exactly: halving loses nothing."""
+    """q alpha, fired (or NaN), inside. |m| > alpha / 2 is round(m / alpha) != 0 exactly: halving loses nothing."""
     size = tl.where(alpha < FLOOR, FLOOR, alpha)  # not maximum: NaN stays
     up, down = m > size * 0.5, m < size * -0.5
     s = tl.where(m == m, (up.to(tl.float32) - down.to(tl.float32)) * size, m)
-    return s, up | down, tl.abs(m) <= size
+    return s, s != 0, tl.abs(m) <= size
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -28,7 +28,8 @@ def _forward(
     x_ptr, v_ptr, alpha_ptr, mask_ptr, s_ptr, v_out_ptr, flags_ptr, partial_ptr,
     T, size, x_stride, width, beta,
     SYMMETRIC: tl.constexpr, CARRY_IN: tl.constexpr, CARRY_OUT: tl.constexpr, MEASURED: tl.constexpr,
-    MASKED: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE_ROWS: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr,
+    K: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     block, blocks, zero = tl.program_id(0), tl.num_programs(0), tl.zeros([], tl.int64)
     row, lane = tl.arange(0, 4)[:, None], tl.arange(0, LANES)
@@ -38,8 +39,9 @@ def _forward(
     bytes_per_step = zero + blocks * LANES
     v = tl.load(v_ptr + element, mask=here, other=0.0) if CARRY_IN else tl.zeros([4, LANES], tl.float32)
     counted = here
-    if MASKED:
-        counted &= tl.load(mask_ptr + element // width, mask=here, other=0) != 0
+    if MASKED:  # one look per row where a row lies within one position, else one per element
+        position = (block * 4 + row) * LANES // width if WHOLE_ROWS else element // width
+        counted &= tl.load(mask_ptr + position, mask=position * width < size, other=0) != 0
     for start in range(0, T, K):
         steps = ()
         for k in tl.static_range(K):
@@ -51,8 +53,7 @@ def _forward(
             alpha = tl.load(alpha_ptr + t, mask=now, other=1.0)
             m = v + steps[k].to(tl.float32)
             s, fired, inside = _spike(m, alpha, FLOOR)
-            q = (m > 0).to(tl.float32) - (m < 0).to(tl.float32)
-            out = s if SCALED else tl.where(fired, q, 0.0)
+            out = s if SCALED else (s > 0).to(tl.float32) - (s < 0).to(tl.float32)
             tl.store(s_ptr + t * size + element, out.to(s_ptr.dtype.element_ty), mask=here & now)
             flags = fired.to(tl.int32) | inside.to(tl.int32) << 1
             tl.store(byte + t * bytes_per_step, tl.sum(flags << (2 * row), 0).to(tl.uint8), mask=now)
@@ -149,13 +150,13 @@ def forward(
     spikes: Tensor, v: Tensor | None, flags: Tensor, partial: Tensor | None,
 ) -> None:  # fmt: skip
     """Fill spikes [T, ...], v [...], flags and partial [T, blocks] (the blocks' sums of |m|); None is left out."""
-    size = current[0].numel()
+    size, width = current[0].numel(), current.shape[-1] if current.ndim > 1 else 1
     _forward[(blocks(size),)](
         current, v_init, alpha, mask, spikes, v, flags, partial,
-        len(current), size, current.stride(0), current.shape[-1] if current.ndim > 1 else 1, beta,
+        len(current), size, current.stride(0), width, beta,
         SYMMETRIC=reset == "symmetric", CARRY_IN=v_init is not None, CARRY_OUT=v is not None,
-        MEASURED=partial is not None, MASKED=mask is not None, SCALED=spikes.element_size() > 1, FLOOR=ALPHA_FLOOR,
-        **_options(size, len(current), current.dtype),
+        MEASURED=partial is not None, MASKED=mask is not None, WHOLE_ROWS=width % lanes(size) == 0,
+        SCALED=spikes.element_size() > 1, FLOOR=ALPHA_FLOOR, **_options(size, len(current), current.dtype),
     )  # fmt: skip
 
 

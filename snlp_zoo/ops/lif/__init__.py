@@ -87,7 +87,13 @@ def _check(current: Tensor, v_init: Tensor | None, tau: float | Tensor, spike_dt
             f"lif: v_init {tuple(v_init.shape)} must equal current without T {tuple(current.shape[1:])}; "
             "pass None to start at rest"
         )
-    if not isinstance(tau, Tensor) and not tau >= 1:
+    if isinstance(tau, Tensor):
+        axes = zip(reversed(tau.shape), reversed(current.shape[1:]), strict=False)
+        if tau.ndim >= current.ndim or any(length not in (1, of_step) for length, of_step in axes):
+            raise ValueError(
+                f"lif: tau {tuple(tau.shape)} must broadcast to current without T {tuple(current.shape[1:])}"
+            )
+    elif not tau >= 1:
         raise ValueError(f"lif: tau is in time steps and must be at least 1, got {tau}")
     if spike_dtype is not None and not (
         spike_dtype in _LOW or (spike_dtype.is_floating_point and spike_dtype.itemsize > 1)

@@ -1,63 +1,106 @@
-"""LIF with an analytic backward: saves only its input and recomputes the membrane, no autograd graph over T."""
+"""LIF with an analytic backward: saves only its input and recomputes the membrane, no autograd graph over T.
+
+Spikes are 1 and 0 in the membrane's dtype: on a CPU, eager code writes and reads bool several times slower.
+"""
 
 import torch
 from torch import Tensor
 
-from snlp_zoo.ops.lif.reference import LIFOutput
+from snlp_zoo.ops.chunks import as_rows, by_chunks
 from snlp_zoo.ops.surrogates import Surrogate
 
 
-def _charge(x: Tensor, v: Tensor, leak: Tensor, v_rest: float, decay_input: bool) -> Tensor:
-    return v + (x - (v - v_rest)) * leak if decay_input else v - (v - v_rest) * leak + x
+def _charge(x: Tensor, v: Tensor | None, leak: Tensor, v_rest: float, decay_input: bool) -> Tensor:
+    """Rounds as `lif_reference` does. v is None at rest."""
+    if v is None:
+        h = x * leak if decay_input else x
+        return h + v_rest if v_rest else h
+    above_rest = v - v_rest if v_rest else v
+    return (x - above_rest).mul_(leak).add_(v) if decay_input else (v - above_rest * leak).add_(x)
 
 
-def _reset(h: Tensor, s: Tensor, v_threshold: float, v_reset: float | None) -> Tensor:
-    return h - s * v_threshold if v_reset is None else (1 - s) * h + s * v_reset
+def _reset(h: Tensor, s: Tensor, v_threshold: float, v_reset: float | None) -> tuple[Tensor, Tensor | None]:
+    """Membrane after the reset and the share of h in it (None: all). Products with s are exact, fused or not."""
+    if v_reset is None:
+        return torch.sub(h, s, alpha=v_threshold), None
+    kept = 1 - s
+    v = kept * h
+    return v.add_(s, alpha=v_reset) if v_reset else v, kept
+
+
+def _forward(current, v, leak, spikes, v_out, v_threshold, v_reset, decay_input) -> None:
+    for t, x in enumerate(current):
+        h = _charge(x, v, leak, v_reset or 0.0, decay_input)
+        s = torch.ge(h, v_threshold, out=spikes[t])
+        if v_out is not None or t + 1 < len(current):
+            v, _ = _reset(h, s, v_threshold, v_reset)
+    if v_out is not None:
+        v_out.copy_(v)
+
+
+def _backward(
+    current, v, leak, grad_spikes, grad, grad_current, grad_v_init, grad_leak,
+    v_threshold, v_reset, decay_input, detach_reset, surrogate,
+) -> None:  # fmt: skip
+    """First what depends on h, forward in time; then, backward, grad_h = slope grad_s + kept grad_v."""
+    v_rest, steps = v_reset or 0.0, []
+    for t, x in enumerate(current):
+        h = _charge(x, v, leak, v_rest, decay_input)
+        slope = surrogate.derivative(h - v_threshold)
+        kept = driven = None
+        if grad_leak is not None:
+            driven = (x if decay_input else 0.0) - (0.0 if v is None else v - v_rest)
+        if grad is not None or t + 1 < len(current):
+            s = torch.ge(h, v_threshold, out=torch.empty_like(h))
+            v, kept = _reset(h, s, v_threshold, v_reset)
+            if not detach_reset:
+                kept = slope * (-v_threshold if v_reset is None else v_reset - h) + (1 if kept is None else kept)
+        steps.append((slope.mul_(grad_spikes[t]), kept, driven))
+    if grad_leak is not None:
+        grad_leak.zero_()
+    for t, (grad_h, kept, driven) in reversed(list(enumerate(steps))):
+        if grad is not None:
+            grad_h = grad_h.add_(grad) if kept is None else grad_h.addcmul_(grad, kept)
+        if decay_input:
+            torch.mul(grad_h, leak, out=grad_current[t])
+        else:
+            grad_current[t] = grad_h
+        if grad_leak is not None:
+            grad_leak.add_(grad_h * driven)
+        if t or grad_v_init is not None:
+            grad = grad_h.mul_(1 - leak)
+    if grad_v_init is not None:
+        grad_v_init.copy_(grad)
 
 
 class _LIF(torch.autograd.Function):
-    """Inputs current [T, ...], v_init [...], leak = 1 / tau broadcastable to v_init."""
+    """Inputs current [T, ...], v_init [...] or None at rest, leak = 1 / tau, [...] or a scalar."""
 
     @staticmethod
-    def forward(current, v_init, leak, v_threshold, v_reset, decay_input, detach_reset, surrogate):
-        v, spikes, v_rest = v_init, torch.empty_like(current), v_reset or 0.0
-        for t, x in enumerate(current):
-            h = _charge(x, v, leak, v_rest, decay_input)
-            spikes[t] = h >= v_threshold
-            v = _reset(h, spikes[t], v_threshold, v_reset)
-        return spikes, v.clone() if v is v_init else v
+    def forward(current, v_init, leak, v_threshold, v_reset, decay_input, detach_reset, surrogate, carry_out):
+        step = current.shape[1:]
+        spikes = torch.empty(current.shape, dtype=current.dtype, device=current.device)
+        v = leak.new_empty(step) if carry_out else None
+        inputs, outputs = as_rows(step, current, v_init, leak), as_rows(step, spikes, v)
+        by_chunks(_forward, leak.dtype, inputs, outputs, v_threshold, v_reset, decay_input)
+        return spikes, v if carry_out else leak.new_empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        current, v_init, leak, *ctx.options = inputs
+        current, v_init, leak, *ctx.options, ctx.carry_out = inputs
         ctx.save_for_backward(current, v_init, leak)
 
     @staticmethod
     def backward(ctx, grad_spikes, grad_v):
         current, v_init, leak = ctx.saved_tensors
-        v_threshold, v_reset, decay_input, detach_reset, surrogate = ctx.options
-        v_rest = v_reset or 0.0
-        before, charged = [], []  # membrane before and after charging, recomputed
-        v = v_init
-        for x in current:
-            before.append(v)
-            charged.append(h := _charge(x, v, leak, v_rest, decay_input))
-            v = _reset(h, (h >= v_threshold).to(h.dtype), v_threshold, v_reset)
-        grad_current, grad_leak = torch.empty_like(current), torch.zeros_like(v_init) if leak.requires_grad else None
-        for t in reversed(range(len(current))):
-            h = charged[t]
-            grad_s = grad_spikes[t]
-            if not detach_reset:
-                grad_s = grad_s + grad_v * (-v_threshold if v_reset is None else v_reset - h)
-            through_reset = grad_v if v_reset is None else grad_v * ~(h >= v_threshold)
-            grad_h = through_reset + surrogate.derivative(h - v_threshold) * grad_s
-            grad_current[t] = grad_h * leak if decay_input else grad_h
-            if grad_leak is not None:
-                grad_leak += grad_h * ((current[t] if decay_input else 0.0) - (before[t] - v_rest))
-            grad_v = grad_h * (1 - leak)
+        step = current.shape[1:]
+        grad_current = torch.empty(current.shape, dtype=current.dtype, device=current.device)
+        grad_v_init, grad_leak = (leak.new_empty(step) if needed else None for needed in ctx.needs_input_grad[1:3])
+        inputs = as_rows(step, current, v_init, leak, grad_spikes, grad_v if ctx.carry_out else None)
+        by_chunks(_backward, leak.dtype, inputs, as_rows(step, grad_current, grad_v_init, grad_leak), *ctx.options)
         if grad_leak is not None:
             grad_leak = grad_leak.sum_to_size(leak.shape)
-        return grad_current, grad_v, grad_leak, None, None, None, None, None
+        return grad_current, grad_v_init, grad_leak, *(None,) * 6
 
 
 def lif_analytic(
@@ -75,8 +118,5 @@ def lif_analytic(
 
     Returns spikes in current's dtype and the membrane (empty unless `carry_out`).
     """
-    state = torch.promote_types(current.dtype, torch.float32)
-    current = current.to(state)
-    if v_init is None:
-        v_init = torch.full_like(current[0], v_reset or 0.0)
-    return _LIF.apply(current, v_init, leak, v_threshold, v_reset, decay_input, detach_reset, surrogate)
+    leak = leak.reshape(()) if leak.numel() == 1 else leak.expand(current.shape[1:])
+    return _LIF.apply(current, v_init, leak, v_threshold, v_reset, decay_input, detach_reset, surrogate, carry_out)

@@ -61,7 +61,7 @@ def _allocate(
     return (
         current.new_empty(current.shape, dtype=spike_dtype),
         current.new_empty(step if carry_out else (0,), dtype=torch.float32),
-        current.new_empty(((len(current) - 1) // GROUP, *step), dtype=torch.float32),
+        current.new_empty(((current.shape[0] - 1) // GROUP, *step), dtype=torch.float32),
     )
 
 
@@ -115,17 +115,20 @@ def _allocate_grads(
 
 
 def _save(ctx, inputs, output) -> None:
-    current, v_init, leak, *options, _, ctx.carry_out, ctx.backend = inputs
-    ctx.options, ctx.learned = options, ctx.needs_input_grad[2]
+    current, v_init, leak, *ctx.options, _, ctx.carry_out, ctx.backend = inputs
+    ctx.learned, ctx.spike_dtype = ctx.needs_input_grad[2], output[0].dtype
+    ctx.set_materialize_grads(False)  # no zeros for the starts and an unused membrane
     ctx.save_for_backward(current, v_init, leak, output[2])
 
 
 def _differentiate(ctx, grad_spikes, grad_v, _):
     current, v_init, leak, starts = ctx.saved_tensors
-    grad_v = grad_v if ctx.carry_out else None
+    if grad_spikes is None:  # only the membrane was used
+        grad_spikes = torch.zeros(current.shape, dtype=ctx.spike_dtype, device=current.device)
     grad_current, grad_v_init, grad_leak = _backward(
-        grad_spikes, grad_v, current, v_init, starts, leak, *ctx.options, ctx.learned, ctx.backend
-    )
+        grad_spikes, grad_v if ctx.carry_out else None, current, v_init, starts, leak,
+        *ctx.options, ctx.learned, ctx.backend,
+    )  # fmt: skip
     grad_v_init, grad_leak = None if v_init is None else grad_v_init, grad_leak if ctx.learned else None
     return grad_current, grad_v_init, grad_leak, *(None,) * 10
 

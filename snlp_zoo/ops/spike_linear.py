@@ -1,0 +1,48 @@
+"""The product of spikes and weights, which keeps the spikes for its backward in one or two bits each."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from snlp_zoo.ops.packing import pack, unpack
+
+
+class _SpikeLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spikes, amplitude, weight, bias, bits):
+        # what no gradient asks for is not kept
+        codes = pack(spikes, bits) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(codes, amplitude, weight if ctx.needs_input_grad[0] else None)
+        ctx.shape, ctx.bits = spikes.shape, bits
+        return linear(spikes, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        codes, amplitude, weight = ctx.saved_tensors
+        grad_spikes = grad @ weight if weight is not None else None
+        rows = grad.flatten(0, -2)
+        grad_weight = None
+        if codes is not None:
+            spikes = unpack(codes, amplitude.to(grad.dtype), ctx.bits, ctx.shape)
+            grad_weight = rows.mT @ spikes.flatten(0, -2)
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
+        return grad_spikes, None, grad_weight, grad_bias, None
+
+
+def spike_linear(spikes: Tensor, amplitude: Tensor, weight: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    """y[t] = W s[t] + b, as `torch.nn.functional.linear`, for spikes that are 0 or plus or minus the step's amplitude.
+
+    Args:
+        spikes: [T, ..., in_features] in {0, a[t]} (bits 1) or {-a[t], 0, a[t]} (bits 2).
+        amplitude: a, [T]. Its own gradient is the neuron's: it arrives through the spikes.
+        weight, bias: [out_features, in_features] and [out_features] or None.
+        bits: 1 for binary, 2 for ternary spikes.
+    Returns:
+        [T, ..., out_features]; under autocast in its dtype.
+    """
+    device = spikes.device.type
+    if torch.is_autocast_enabled(device):  # cast here, so that weights are kept for the backward as they were used
+        dtype = torch.get_autocast_dtype(device)
+        spikes, weight = spikes.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return _SpikeLinear.apply(spikes, amplitude, weight, bias, bits)

@@ -96,6 +96,7 @@ def _verify(name: str, backend: str, x: Tensor, alpha: Tensor, upstream: Tensor)
 
 def _passes(function: Callable[[Tensor], Tensor], inputs: list[Tensor], upstream: list[Tensor]) -> list[Callable]:
     def one(x: Tensor, grad: Tensor) -> None:
+        x = x.detach().requires_grad_()  # a leaf of this stream: its gradient may be captured
         torch.autograd.grad(function(x), x, grad)
 
     return [lambda x=x, grad=grad: one(x, grad) for x, grad in zip(inputs, upstream, strict=True)]

@@ -20,7 +20,7 @@ def as_rows(step: torch.Size, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _slices(x: Tensor) -> list[slice]:
-    """Which rows of x [T, rows, width] to take at a time: all where chunks gain nothing, compiled or on other devices."""
+    """Which rows of x [T, rows, width] to take at a time: all when compiled and on other devices: no gain there."""
     rows, width = x.shape[1:]
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return [slice(rows)]
@@ -29,11 +29,7 @@ def _slices(x: Tensor) -> list[slice]:
 
 
 def by_chunks(
-    function: Callable[..., None],
-    dtype: torch.dtype,
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    *options: object,
+    function: Callable[..., None], dtype: torch.dtype, inputs: Sequence[Any], outputs: Sequence[Any], *options: object
 ) -> None:
     """Call function(*inputs, *outputs, *options) on one chunk of rows after another; it fills the outputs.
 

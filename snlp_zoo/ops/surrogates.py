@@ -14,7 +14,8 @@ from torch import Tensor
 
 
 def _atan(z: Tensor, alpha: float) -> Tensor:
-    return (alpha / 2) / (1 + (math.pi / 2 * alpha * z) ** 2)
+    # (alpha / 2) / (1 + (pi / 2 alpha z)^2), in two passes
+    return torch.addcmul(z.new_full((), 2 / alpha), z, z, value=math.pi**2 * alpha / 2).reciprocal_()
 
 
 def _sigmoid(z: Tensor, alpha: float) -> Tensor:

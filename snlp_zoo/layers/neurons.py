@@ -268,7 +268,9 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         return output
 
     @torch.no_grad()
-    def _initialize(self, current: Tensor, v: Tensor, index: list[int], mask: Tensor | None, options: dict) -> None:
+    def _initialize(
+        self, current: Tensor, v: Tensor | None, index: list[int], mask: Tensor | None, options: dict
+    ) -> None:
         """Set alpha[t] = firing_k mean|m[t]| one step after another: each amplitude shapes the next membrane."""
         for t, x in zip(index, current, strict=True):
             # any amplitude measures the same m; only the carried membrane needs the right one

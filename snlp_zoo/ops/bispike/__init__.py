@@ -123,6 +123,8 @@ def _run(
         mask = mask.to(current.device).expand(current.shape[1:-1])
     with torch.set_grad_enabled(torch.is_grad_enabled() and spike_dtype not in _SIGNS):
         if chosen == "torch":
+            if spike_dtype not in (None, *_SIGNS):  # alpha must not round to a narrower dtype than the spikes'
+                current = current.to(torch.promote_types(current.dtype, spike_dtype))
             spikes, v, total = elastic_bispike_analytic(current, v_init, alpha, mask, beta, reset, measured, carry_out)
             spikes = (spikes.sign() if spike_dtype in _SIGNS else spikes).to(spike_dtype or current.dtype)
         else:

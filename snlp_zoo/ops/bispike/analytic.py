@@ -77,7 +77,8 @@ class _BiSpike(torch.autograd.Function):
         by_chunks(_forward, alpha.dtype, inputs, [*outputs, magnitude], alpha, beta, reset)
         total = torch.zeros_like(alpha)
         if magnitude is not None:
-            total = (magnitude.squeeze(-1) * weight).sum(1) * alpha.clamp_min(ALPHA_FLOOR)
+            counted = magnitude.squeeze(-1).to(weight.dtype).where(weight != 0, 0)  # padding may hold anything
+            total = counted.sum(1) * alpha.clamp_min(ALPHA_FLOOR)
         ctx.save_for_backward(flags, alpha, *((current, v_init) if ctx.needs_input_grad[2] else ()))
         ctx.beta, ctx.reset, ctx.dtype, ctx.carry_out = beta, reset, current.dtype, carry_out
         ctx.mark_non_differentiable(total)

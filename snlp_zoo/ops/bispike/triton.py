@@ -5,6 +5,9 @@ loads of a step are wide. Steps go in groups of K, whose loads are issued togeth
 waiting for memory is all the time there is.
 """
 
+# mypy: ignore-errors
+# (what Triton compiles is Python by its syntax, not by its types)
+
 import torch
 import triton
 import triton.language as tl

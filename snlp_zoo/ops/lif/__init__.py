@@ -53,9 +53,8 @@ def lif(
     chosen = resolve(backend, current, op="lif")
     state = torch.promote_types(current.dtype, torch.float32)  # half precision would shift spikes over T
     v_init = None if v_init is None else v_init.to(state)
-    learned = isinstance(tau, Tensor)
-    leak = 1 / tau.to(current.device, state) if learned else None
-    leak_value = 0.0 if learned else 1 / tau
+    leak = 1 / tau.to(current.device, state) if isinstance(tau, Tensor) else None
+    leak_value = 0.0 if isinstance(tau, Tensor) else 1 / tau
     options = (v_threshold, v_reset, decay_input, detach_reset)
     surrogate = as_surrogate(surrogate)
     with torch.set_grad_enabled(torch.is_grad_enabled() and spike_dtype not in _LOW):

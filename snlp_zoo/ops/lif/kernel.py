@@ -97,7 +97,7 @@ def _backward(
         v_threshold, v_reset, decay_input, detach_reset, surrogate, steepness,
         grad_current, None if v_init is None else grad_v_init, per_element,
     )  # fmt: skip
-    if per_element is not None:
+    if leak is not None and per_element is not None:
         grad_leak = per_element.view(-1, leak.numel()).sum(0).view(leak.shape)
     return grad_current, grad_v_init, grad_leak
 

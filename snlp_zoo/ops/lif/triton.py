@@ -5,6 +5,9 @@ the time there is. The backward walks over the groups from the last to the first
 then back (gradients); K divides `GROUP`, the distance of the saved starts.
 """
 
+# mypy: ignore-errors
+# (what Triton compiles is Python by its syntax, not by its types)
+
 import triton
 import triton.language as tl
 from torch import Tensor

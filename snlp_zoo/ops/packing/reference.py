@@ -16,13 +16,11 @@ def pack_reference(spikes: Tensor, bits: int) -> Tensor:
     """Signs of spikes [T, ...] as uint8 [T, bytes].
 
     Byte j of a block holds the block's spikes j, j + LANES, j + 2 LANES, ..., the first in the lowest bits.
-    A code is 0 for no spike, 1 for a positive, 2 for a negative one, 3 for NaN (with one bit: 1 for any spike).
+    A code is the sign in two's complement: 0, 1 for a positive and 3 for a negative spike. NaN is not kept: a product
+    with it was NaN, and so is every gradient.
     """
     flat, rows = spikes.flatten(1), 8 // bits
-    if bits == 1:
-        codes = (flat != 0).to(torch.uint8)
-    else:
-        codes = (~(flat <= 0)).to(torch.uint8) + (~(flat >= 0)).to(torch.uint8) * 2  # NaN is neither
+    codes = flat.sign().to(torch.int8).view(torch.uint8) & (2**bits - 1)
     count = packed_bytes(flat.shape[1], bits)
     codes = torch.nn.functional.pad(codes, (0, count * rows - flat.shape[1])).view(len(flat), -1, rows, LANES)
     packed = codes[:, :, 0].clone()
@@ -37,8 +35,5 @@ def unpack_reference(codes: Tensor, amplitude: Tensor, bits: int, shape: torch.S
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(rows, 1)
     split = (codes.view(steps, -1, 1, LANES) >> shifts) & mask
     split = split.reshape(steps, -1)[:, : shape[1:].numel()]
-    a = amplitude.view(steps, 1)
-    if bits == 1:
-        return (split * a).view(shape)
-    signs = (split & 1).to(torch.int8) - (split >> 1).to(torch.int8)
-    return torch.where(split == 3, float("nan"), signs * a).view(shape)
+    signs = split if bits == 1 else ((split & 1) - (split & 2)).view(torch.int8)
+    return (signs * amplitude.view(steps, 1)).view(shape)

@@ -13,10 +13,7 @@ def _pack(s_ptr, codes_ptr, size, s_stride, BITS: tl.constexpr, LANES: tl.conste
     row, lane = tl.arange(0, 8 // BITS)[:, None], tl.arange(0, LANES)
     element = block * (8 // BITS * LANES) + row * LANES + lane[None, :]
     s = tl.load(s_ptr + t * s_stride + element, mask=element < size, other=0.0).to(tl.float32)
-    if BITS == 1:
-        code = (s != 0).to(tl.int32)
-    else:
-        code = ((s > 0) | (s != s)).to(tl.int32) | ((s < 0) | (s != s)).to(tl.int32) << 1
+    code = (s > 0).to(tl.int32) | (s < 0).to(tl.int32) * (2 * BITS - 1)
     packed = tl.sum(code << (BITS * row), 0).to(tl.uint8)
     tl.store(codes_ptr + (t * tl.num_programs(0) + block) * LANES + lane, packed)
 
@@ -29,7 +26,7 @@ def _unpack(codes_ptr, amplitude_ptr, s_ptr, size, BITS: tl.constexpr, LANES: tl
     codes = tl.load(codes_ptr + (t * tl.num_programs(0) + block) * LANES + lane).to(tl.int32)
     code = (codes[None, :] >> (BITS * row)) & (2 * BITS - 1)
     amplitude = tl.load(amplitude_ptr + t).to(tl.float32)
-    s = tl.where(code == 0, 0.0, tl.where(code == 1, amplitude, tl.where(code == 2, -amplitude, float("nan"))))
+    s = tl.where(code == 0, 0.0, tl.where(code == 1, amplitude, -amplitude))
     tl.store(s_ptr + t * size + element, s.to(s_ptr.dtype.element_ty), mask=element < size)
 
 

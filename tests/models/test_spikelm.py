@@ -305,3 +305,21 @@ def test_padding_does_not_move_the_amplitudes():
     for one, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
         if one.shape == (4,):
             torch.testing.assert_close(one, other)
+
+
+def test_training_compiles_into_one_graph():
+    model = build("spikelm_tiny").train()
+    ids, labels = torch.randint(1, 120, (4, 12)), torch.arange(4) % 2
+    with torch.no_grad():
+        model(ids)  # amplitudes are measured once, outside
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses = []
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

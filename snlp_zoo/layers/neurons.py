@@ -290,8 +290,8 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         return self._known_initialized
 
     def train(self, mode: bool = True) -> "ElasticBiSpike":
-        if not self.initialized.is_meta:  # look now: a look inside a compiled forward would split its graph
-            self._known_initialized = bool(self.initialized)
+        if not self.initialized.is_meta:
+            self._is_initialized()  # look now: a look inside a compiled forward would split its graph
         return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:

@@ -48,13 +48,12 @@ def available(op: str, device: torch.device, dtype: torch.dtype = torch.float32)
 
 def explain(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """The backend `auto` picks for `op` on tensors of this device and dtype, and the reason in words."""
-    if device.type == "cpu":
-        return "torch", "kernels need CUDA tensors"
     obstacles = {kernel: _obstacle(kernel, op, device, dtype) for kernel in KERNELS}
     for kernel, obstacle in obstacles.items():
-        if obstacle is None:
+        if obstacle is None and device.type != "cpu":
             return kernel, "fastest backend that runs here"
-    return "torch", "; ".join(f"{kernel}: {obstacle}" for kernel, obstacle in obstacles.items())
+    interpreted = "interpreted, only when asked for by name"
+    return "torch", "; ".join(f"{kernel}: {obstacle or interpreted}" for kernel, obstacle in obstacles.items())
 
 
 def resolve(backend: str, tensor: Tensor, op: str) -> str:
@@ -70,10 +69,12 @@ def resolve(backend: str, tensor: Tensor, op: str) -> str:
     """
     if backend not in get_args(Backend):
         raise BackendError(f"{op}: unknown backend {backend!r}; use one of {', '.join(get_args(Backend))}")
+    if backend == "torch" or (backend == "auto" and tensor.device.type == "cpu"):
+        return "torch"  # without looking for kernels: this runs at every forward
     if backend == "auto":
         backend = explain(op, tensor.device, tensor.dtype)[0]
-    if backend == "torch":
-        return backend
+        if backend == "torch":
+            return backend
     if obstacle := _obstacle(backend, op, tensor.device, tensor.dtype):
         raise BackendError(f"{op}: backend {backend!r} cannot run: {obstacle}; use 'auto' or 'torch'")
     if (size := math.prod(tensor.shape[1:])) > MAX_ELEMENTS:

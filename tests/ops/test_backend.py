@@ -45,17 +45,17 @@ def test_backend_error_can_be_caught_as_ours_and_as_runtime_error():
 
 
 @pytest.mark.parametrize(
-    ("written", "installed", "tensor", "reason"),
+    ("written", "installed", "reason"),
     [
-        ([], ["triton"], CPU, "this version has no triton kernel"),
-        (["triton"], [], CPU, r"triton is not installed \(pip install 'snlp-zoo\[triton\]'\)"),
-        (["triton"], ["triton"], CPU, "it needs CUDA tensors, got cpu"),
+        ([], ["triton"], "this version has no triton kernel"),
+        (["triton"], [], r"triton is not installed \(pip install 'snlp-zoo\[triton\]'\)"),
+        (["triton"], ["triton"], "it needs CUDA tensors, got cpu"),
     ],
 )
-def test_each_obstacle_is_named(present, written, installed, tensor, reason):
+def test_each_obstacle_is_named(present, written, installed, reason):
     present(written, installed)
     with pytest.raises(BackendError, match=reason):
-        resolve("triton", tensor, "lif")
+        resolve("triton", CPU, "lif")
 
 
 def test_auto_takes_the_first_kernel_that_runs(present):

@@ -225,8 +225,9 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             self.register_buffer("alpha", alpha)
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("magnitude", torch.zeros(time_steps))
-        # what this process's last forward measured: the sum of |m[t]| for each step, over so many elements
-        self.measured, self.counted = torch.zeros(0), torch.zeros(())
+        # what this process's last forward measured: the sum of |m[t]| for each step, and over which elements
+        self.measured = torch.zeros(0)
+        self.measured_over: tuple[Tensor | None, torch.Size] = None, torch.Size()
 
     def extra_repr(self) -> str:
         return (
@@ -264,7 +265,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             if len(self.measured) != self.time_steps or self.measured.device != total.device:
                 self.measured = total.new_zeros(self.time_steps)
             self.measured[index] = total
-        self.counted = _count(current, mask).to(total)
+        self.measured_over = mask, current.shape[1:]  # counted once for all neurons, in `amplitudes_updated`
         return output
 
     @torch.no_grad()
@@ -275,7 +276,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         for t, x in zip(index, current, strict=True):
             # any amplitude measures the same m; only the carried membrane needs the right one
             _, total = elastic_bispike_measured(x.unsqueeze(0), v, torch.ones_like(self.alpha[:1]), mask, **options)
-            sums = torch.cat([total, _count(current, mask).to(total).view(1)])
+            sums = torch.cat([total, _count(mask, current.shape[1:], total).view(1)])
             if dist.is_initialized():
                 dist.all_reduce(sums)
             self.alpha[t] = self.firing_k * sums[0] / sums[1].clamp_min(1)
@@ -307,11 +308,11 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             return super().single_step_forward(x, *args, **kwargs)
 
 
-def _count(current: Tensor, mask: Tensor | None) -> Tensor:
-    """How many elements one step of `current` measures."""
+def _count(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
+    """How many elements one step of this shape measures, in the dtype and on the device of `like`."""
     if mask is None:
-        return torch.full((), current[0].numel(), device=current.device)
-    return mask.expand(current.shape[1:-1]).sum() * current.shape[-1]
+        return like.new_full((), shape.numel())
+    return (mask.to(like.device).expand(shape[:-1]).sum() * shape[-1]).to(like)
 
 
 @contextmanager
@@ -323,17 +324,31 @@ def amplitudes_updated(net: nn.Module, move: bool = True) -> Iterator[None]:
     (activation checkpointing) sees the same alpha, and its measurements, one process's own, are not kept.
     """
     nodes = [m for m in net.modules() if isinstance(m, ElasticBiSpike) and m.training and m.alpha_mode == "ema"]
+    alike: dict[tuple[float, float], list[ElasticBiSpike]] = {}  # moved together: a launch per neuron is slow on a GPU
     for node in nodes if move else []:
-        target = torch.where(node.magnitude > 0, node.firing_k * node.magnitude, node.alpha)  # 0: not measured yet
-        node.alpha.lerp_(target, 1 - node.momentum)
+        alike.setdefault((node.firing_k, node.momentum), []).append(node)
+    for (firing_k, momentum), group in alike.items():
+        alpha, magnitude = torch.cat([n.alpha for n in group]), torch.cat([n.magnitude for n in group])
+        target = torch.where(magnitude > 0, firing_k * magnitude, alpha)  # 0: not measured yet
+        _spread(alpha.lerp(target, 1 - momentum), [n.alpha for n in group])
     yield
     if not (nodes := [node for node in nodes if len(node.measured)]):
         return
-    sums = torch.cat([torch.cat([n.measured, n.counted.view(1)]) for n in nodes])
+    counts: dict[tuple, Tensor] = {}  # most neurons look at the same elements
+    for node in nodes:
+        mask, shape = node.measured_over
+        over = id(mask), shape
+        counts[over] = counts[over] if over in counts else _count(mask, shape, node.measured)
+    per_step = [counts[id(n.measured_over[0]), n.measured_over[1]] for n in nodes for _ in range(n.time_steps)]
+    sums = torch.stack([torch.cat([n.measured for n in nodes]), torch.stack(per_step)])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    for node, total in zip(nodes, sums.split([n.time_steps + 1 for n in nodes]), strict=True):
-        node.magnitude.copy_(total[:-1] / total[-1].clamp_min(1))
+    _spread(sums[0] / sums[1].clamp_min(1), [n.magnitude for n in nodes])
+
+
+def _spread(values: Tensor, into: list[Tensor]) -> None:
+    """Consecutive pieces of `values` into these tensors, in one launch."""
+    torch._foreach_copy_(into, values.to(into[0].dtype).split([len(x) for x in into]))
 
 
 _NEURONS: dict[str, Callable[..., neuron.BaseNode]] = {

@@ -18,7 +18,7 @@ from snlp_zoo.ops.backend import step_major
 
 def lanes(size: int) -> int:
     """Bytes of flags that one block writes per step: fewer for small inputs, so that all of the device works."""
-    return 256 if size >= 2**18 else 128
+    return 256 if size >= 2**18 else 32
 
 
 def blocks(size: int) -> int:

@@ -141,7 +141,7 @@ def _options(size: int, steps: int, dtype: torch.dtype) -> dict:
     """Launch options: a thread reads 16 bytes of each row; no fused multiply-add, to equal the reference."""
     large = lanes(size) == 256  # then other blocks have work while one waits, and groups would only cost registers
     return {
-        "K": 1 if large else min(triton.next_power_of_2(steps), 4),
+        "K": 1 if large else min(triton.next_power_of_2(steps), 16),
         "LANES": lanes(size),
         "num_warps": dtype.itemsize // 2 if large else 1,
         "enable_fp_fusion": False,

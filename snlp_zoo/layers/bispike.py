@@ -1,12 +1,14 @@
 """A linear layer whose input is spikes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from snlp_zoo.layers.neurons import ElasticBiSpike
 from snlp_zoo.layers.quant import BitLinear
-from snlp_zoo.ops.bispike import ALPHA_FLOOR
+from snlp_zoo.ops.bispike import ALPHA_FLOOR, elastic_bispike
 from snlp_zoo.ops.bit_linear import bit_linear, product_dtype, quantise, sign_dtype
 from snlp_zoo.ops.spike_linear import spike_linear
 
@@ -45,7 +47,7 @@ class SpikingLinear(BitLinear):
                 "encode with layers.Direct first"
             )
         if self.packed:
-            return self._packed_product(x, mask)
+            return self._packed_product(x)
         spikes = self.neuron(x, from_rest=True, mask=mask)
         amplitude = self.neuron.alpha.detach().clamp_min(ALPHA_FLOOR)
         if self.bits == 32 or torch.is_grad_enabled() or product_dtype(x).itemsize < 4:
@@ -54,13 +56,15 @@ class SpikingLinear(BitLinear):
         y = linear(spikes.sign(), signs).mul_((amplitude * scale).view(-1, 1, 1, 1))
         return y if self.bias is None else y.add_(self.bias)
 
-    def _packed_product(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        codes, scale, dtype = self.weight_packed, self.weight_scale, sign_dtype(x, self.out_features)
+    def _packed_product(self, x: Tensor) -> Tensor:
+        neuron, codes, scale = self.neuron, self.weight_packed, self.weight_scale
+        dtype = sign_dtype(x, self.out_features)
         if dtype is None:
-            return bit_linear(self.neuron(x, from_rest=True, mask=mask), codes, scale, self.bias, bits=self.bits)
-        if dtype.itemsize > 1 or self.neuron._forward_hooks:  # who watches a neuron sees spikes with their amplitude
-            spikes = self.neuron(x, from_rest=True, mask=mask).sign().to(dtype)
+            return bit_linear(neuron(x, from_rest=True), codes, scale, self.bias, bits=self.bits)
+        if dtype.itemsize > 1 or neuron._forward_hooks:  # who watches the neuron sees spikes with their amplitude
+            spikes = neuron(x, from_rest=True).sign().to(dtype)
         else:
-            spikes = self.neuron(x, from_rest=True, mask=mask, spike_dtype=dtype)
-        amplitude = self.neuron.alpha.detach().clamp_min(ALPHA_FLOOR).float()
+            options: dict[str, Any] = {"beta": neuron.beta, "reset": neuron.reset_kind, "backend": neuron.backend}
+            spikes, _ = elastic_bispike(x, None, neuron.alpha, spike_dtype=dtype, carry_out=False, **options)
+        amplitude = neuron.alpha.detach().clamp_min(ALPHA_FLOOR).float()
         return bit_linear(spikes, codes, scale, self.bias, bits=self.bits, amplitude=amplitude, dtype=product_dtype(x))

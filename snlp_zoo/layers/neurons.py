@@ -242,19 +242,9 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         return (spikes,), (v, (step + len(current)) % self.time_steps)
 
     def run(
-        self,
-        current: Tensor,
-        v: Tensor | None,
-        *,
-        step: int = 0,
-        mask: Tensor | None = None,
-        carry_out: bool = True,
-        spike_dtype: torch.dtype | None = None,
+        self, current: Tensor, v: Tensor | None, *, step: int = 0, mask: Tensor | None = None, carry_out: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Spikes and membrane of all steps of `current`, the first with amplitude `step`; v None starts at rest.
-
-        spike_dtype: as in `ops.elastic_bispike`; None is current's, or that of autocast.
-        """
+        """Spikes and membrane of all steps of `current`, the first with amplitude `step`; v None starts at rest."""
         index = [(step + t) % self.time_steps for t in range(len(current))]
         options: dict[str, Any] = {"beta": self.beta, "reset": self.reset_kind, "backend": self.backend}
         if self.training and not self._is_initialized():
@@ -265,7 +255,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         if self.alpha_mode == "learned":
             scale = current[0].numel() ** -0.5
             alpha = alpha * scale + (alpha * (1 - scale)).detach()
-        options |= {"carry_out": carry_out, "spike_dtype": spike_dtype or _spike_dtype(current)}
+        options |= {"carry_out": carry_out, "spike_dtype": _spike_dtype(current)}
         if not (self.training and self.alpha_mode == "ema"):
             return elastic_bispike(current, v, alpha, **options)
         output, total = elastic_bispike_measured(current, v, alpha, mask, **options)

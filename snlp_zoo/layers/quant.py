@@ -128,6 +128,9 @@ class Int8Embedding(nn.Module):
     State that is saved: `weight_int8` [rows, width] and `weight_scale` [rows, 1].
     """
 
+    weight_int8: Tensor
+    weight_scale: Tensor
+
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.register_buffer("weight_int8", torch.zeros(rows, width, dtype=torch.int8))

@@ -157,7 +157,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers; CheckpointError where packed weights meet an unpacked configuration or the reverse."""
-        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
         for kind, packed in (("unexpected_keys", True), ("missing_keys", False)):
             if found := next((key for key in sorted(report[kind]) if key.endswith(PACKED_BUFFERS)), None):
                 raise CheckpointError(storage_mismatch(found.rpartition(".")[0], packed))

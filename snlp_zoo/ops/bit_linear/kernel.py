@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from snlp_zoo.ops.bit_linear.reference import unpack_reference, width
 
 FLOAT8 = torch.float8_e4m3fn
-_TILE = 2**19  # weights unpacked at a time on a CPU: as int8 they and what they become stay in the second-level cache
+_TILE = 2**18  # weights unpacked at a time on a CPU: as int8 they and what they become stay in the second-level cache
 
 
 def _words(bits: float) -> Tensor:

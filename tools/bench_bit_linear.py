@@ -171,13 +171,12 @@ def on_gpu(repeats: int) -> bool:
 # ---- CPU
 
 
-def small_model(bits: float, packed: bool = False, **options) -> torch.nn.Module:
+def small_model(bits: float, packed: bool = False, **sizes) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = snlp_zoo.build("spikelm_base", weight_bits=bits, **SMALL, **options)
+    model = snlp_zoo.build("spikelm_base", weight_bits=bits, **(SMALL | sizes))
     with torch.no_grad():
         model.train()(torch.randint(100, model.config.vocab_size, (4, 32)))
-    model.eval()
-    return pack(model, int8_embeddings=options.get("int8_embeddings", False)) if packed else model
+    return pack(model) if packed else model.eval()
 
 
 def linear_bytes(folder: Path) -> int:
@@ -211,7 +210,7 @@ def paired_times(models: list[torch.nn.Module], repeats: int) -> list[list[float
 
 
 def peak_of_loading_and_running(folder: str) -> int:
-    """In a process of its own: bytes by which resident memory peaks above what importing and a tiny model took."""
+    """In a process of its own: bytes by which resident memory peaks above what importing took, and one layer run."""
     status = Path("/proc/self/status")
 
     def field(name: str) -> int:
@@ -219,7 +218,7 @@ def peak_of_loading_and_running(folder: str) -> int:
 
     ids = torch.randint(5, 100, (1, 32))
     with torch.inference_mode():
-        snlp_zoo.load(Path(folder) / "warm")(ids)  # libraries and their buffers
+        snlp_zoo.load(Path(folder) / "warm")(ids)  # what libraries prepare once; the layer itself is freed
         before = field("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         snlp_zoo.load(Path(folder) / "measured")(ids)
@@ -228,13 +227,9 @@ def peak_of_loading_and_running(folder: str) -> int:
 
 def memory(folder: Path, bits: float) -> int:
     """The same, for weights of these bits and a vocabulary so small that linear weights are nearly all there is."""
-    tiny = {"vocab_size": 120, "max_position_embeddings": 64}
     for name, layers in (("warm", 1), ("measured", 6)):
-        model = small_model(bits, bits != 32, **tiny)
-        if layers == 1:
-            model = snlp_zoo.build("spikelm_tiny", weight_bits=bits)
-            model = model if bits == 32 else pack(model)
-        model.save_pretrained(folder / name)
+        sizes = SMALL | {"num_hidden_layers": layers, "vocab_size": 120, "max_position_embeddings": 64}
+        small_model(bits, bits != 32, **sizes).save_pretrained(folder / name)
     command = [sys.executable, __file__, "--measure", str(folder)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc then returns what is freed: peaks of what is in use

@@ -54,7 +54,7 @@ def wrong_sums(inputs: int, dtype: torch.dtype) -> int:
     codes, _ = pack_weight(weight, 1.58)
     one, spikes = torch.ones(4, device="cuda"), draw_spikes(16384, inputs, torch.float32)
     spikes[0, 0], spikes[0, 1] = quantise(weight, 1.58)[0][0], 1  # the largest sum there is, and whatever comes
-    expected = linear(spikes.double(), quantise(weight.double(), 1.58)[0]).to(dtype)
+    expected = linear(spikes.double(), quantise(weight, 1.58)[0].double()).to(dtype)
     fast = sign_dtype(spikes, len(weight)) or torch.float32
     got = bit_linear(spikes.to(fast), codes, one[0], bias, bits=1.58, amplitude=one, dtype=dtype)
     return int((got != expected).sum())

@@ -20,7 +20,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple
 
-from snlp_zoo.layers import IFNode, LIFNode
+from snlp_zoo.layers import IFNode, LIFNode, make_linear
 from snlp_zoo.layers.equilibrium import (
     CHUNK,
     AverageRate,
@@ -49,6 +49,10 @@ def _neuron(config: SpikingBertConfig) -> IFNode | LIFNode:
     return rate_neuron(config.v_threshold, config.leak, config.neuron_backend)
 
 
+def _linear(config: SpikingBertConfig, inputs: int, outputs: int) -> nn.Linear:
+    return make_linear(inputs, outputs, bits=config.weight_bits, packed=config.packed)
+
+
 class Feedback(nn.Linear):
     """From the last layer's spikes to the input neurons. Starts at zero: large weights have no stable equilibrium."""
 
@@ -61,7 +65,7 @@ class SpikingBertAttention(nn.Module):
         size = config.hidden_size
         self.num_heads, self.head_size = config.num_attention_heads, size // config.num_attention_heads
         self.softmax = config.attention == "softmax"
-        self.query, self.key, self.value, self.output = (nn.Linear(size, size) for _ in range(4))
+        self.query, self.key, self.value, self.output = (_linear(config, size, size) for _ in range(4))
         self.key_neuron, self.value_neuron = _neuron(config), _neuron(config)
         self.context_neuron, self.output_neuron = _neuron(config), _neuron(config)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
@@ -106,8 +110,8 @@ class SpikingBertMLP(nn.Module):
 
     def __init__(self, config: SpikingBertConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up = _linear(config, config.hidden_size, config.intermediate_size)
+        self.down = _linear(config, config.intermediate_size, config.hidden_size)
         self.up_neuron, self.down_neuron = _neuron(config), _neuron(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)

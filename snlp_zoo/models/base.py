@@ -99,13 +99,15 @@ def make_config(config_class: type[SpikingConfig], **values: Any) -> SpikingConf
 class SpikingModelOutput(ModelOutput):
     """last_hidden_state [B, N, D], pooler_output [B, D], hidden_states (L + 1 times [B, N, D], embeddings first) and
     attentions (L times [B, H, N, N]) are means over T. spike_rates: site name -> [T], share of neurons that fired on
-    real tokens; firing_rate: that share over all sites and steps.
+    real tokens; firing_rate: that share over all sites and steps. attention_scores (L times [B, H, N, N], from families
+    that have them): q k^T / sqrt(E) before mask and softmax.
     """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    attention_scores: tuple[Tensor, ...] | None = None
     spike_rates: dict[str, Tensor] | None = None
     firing_rate: Tensor | None = None
 
@@ -118,6 +120,7 @@ class SpikingHeadOutput(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    attention_scores: tuple[Tensor, ...] | None = None
     spike_rates: dict[str, Tensor] | None = None
     firing_rate: Tensor | None = None
 
@@ -291,8 +294,11 @@ class SpikingHead(SpikingPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_spike_rates: bool | None = None,
+        output_attention_scores: bool | None = None,
     ) -> SpikingHeadOutput:
         """input_ids, attention_mask, token_type_ids, position_ids [B, N] -> `SpikingHeadOutput`.
+
+        output_attention_scores: for encoders whose forward takes it.
 
         labels: [B] classes, or numbers for regression; [B, N] token ids for masked language models, -100 where nothing
         is predicted.
@@ -307,6 +313,7 @@ class SpikingHead(SpikingPreTrainedModel):
             output_hidden_states,
             output_spike_rates,
             return_dict=True,
+            **({} if output_attention_scores is None else {"output_attention_scores": output_attention_scores}),
         )
         logits = self.logits(encoded)
         return SpikingHeadOutput(
@@ -314,6 +321,7 @@ class SpikingHead(SpikingPreTrainedModel):
             logits=logits,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
+            attention_scores=encoded.attention_scores,
             spike_rates=encoded.spike_rates,
             firing_rate=encoded.firing_rate,
         )

@@ -24,7 +24,7 @@ class Distiller(nn.Module):
         student: the model that learns.
         teacher: frozen here (evaluation mode, no gradients); None if no objective needs one.
         objectives: name in `OBJECTIVES` -> keyword options.
-        projection: of hidden states to the teacher's width: `Projection` ("per_layer") or `SharedProjection` ("shared").
+        projection: of hidden states to the teacher's width, `Projection` ("per_layer") or `SharedProjection`.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.objectives = {name: (OBJECTIVES[name], options) for name, options in objectives.items()}
-        self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()  # a tuple hides it
+        frozen = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
+        self._teacher: tuple[Any, ...] = frozen  # a tuple hides it
         needs = {need for objective, _ in self.objectives.values() for need in objective.needs}
         self.wanted = {f"output_{need}": True for need in needs}
         self.per_token = type(student).__name__.endswith("ForMaskedLM")

@@ -57,7 +57,7 @@ class Distiller(nn.Module):
         """The objectives' losses on this batch, unweighted, float32 [objectives]."""
         return self.losses_and_rate(batch)[0]
 
-    def losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Tensor | None]:
+    def losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Any]:
         """`forward`, and the student's firing rate if `output_spike_rates=True` is among what is asked of it."""
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
         student = self.student(**inputs, **self.wanted, **more)

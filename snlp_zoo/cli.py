@@ -132,8 +132,12 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     }
     for name, shown in cells.items():
         table.add_row(name, *(shown.get(who, "-") for who in people))
-    stages = [_stage_line(stage) for stage in summary.get("stages", [])]
-    table.caption = "\n".join([*stages, f"saved in {summary['path']}"])
+    for stage in summary.get("stages", [])[:-1]:  # the last one's scores are above
+        key = next(key for key in stage if key.startswith("student_"))
+        metric, shown = key.removeprefix("student_"), {"student": _shown(key, stage[key])}
+        name = f"{stage['name'].rpartition('/')[2]}: {metric.replace('_', ' ')}"
+        table.add_row(name, *(shown.get(who, "-") for who in people))
+    table.caption = f"saved in {summary['path']}"
     table.caption_justify = "left"
     return table
 
@@ -141,13 +145,6 @@ def _summary_table(summary: dict[str, Any]) -> Table:
 def _shown(metric: str, value: float) -> str:
     """Shares as per cent; losses and distances have no hundred."""
     return f"{value:.4f}" if metric.endswith(("loss", "mse")) else f"{100 * value:.1f} %"
-
-
-def _stage_line(summary: dict[str, Any]) -> str:
-    """A stage in a few words: its name and the student's first score."""
-    key = next(key for key in summary if key.startswith("student_"))
-    metric = key.removeprefix("student_")
-    return f"{summary['name']}: {metric.replace('_', ' ')} {_shown(metric, summary[key])}, {summary['seconds']:.0f} s"
 
 
 @app.command()

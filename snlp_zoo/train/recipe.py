@@ -189,11 +189,10 @@ def stage_recipes(recipe: Recipe, folder: Path, where: str = "") -> list[tuple[P
     own = recipe.model_dump(exclude={"stages"})
     found: list[tuple[Path, Recipe]] = []
     for number, stage in enumerate(recipe.stages, start=1):
-        content = _merge(own, {key: value for key, value in stage.items() if key in STAGE_KEYS})
+        before = {"model": {"init_from": str(found[-1][0])}} if found else {}
+        content = _merge(_merge(own, before), {key: value for key, value in stage.items() if key in STAGE_KEYS})
         content["baseline"] = recipe.baseline and number == len(recipe.stages)
         content["name"] = f"{recipe.name}/{number}_{stage['name']}"
-        if found and "init_from" not in (stage.get("model") or {}) and isinstance(content["model"], dict):
-            content["model"] = content["model"] | {"init_from": str(found[-1][0])}
         part = _validated(f"{where or recipe.name}, stage {stage['name']!r}", content)
         found.append((folder / f"{number}_{stage['name']}", part))
     return found

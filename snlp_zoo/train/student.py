@@ -88,7 +88,7 @@ def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
     for name, fitting in fits.items():
         if fitting:
             ours[name].copy_(theirs[name])
-    if not any(fitting and name.startswith("layers.") for name, fitting in fits.items()):
+    if not any(fits[name] and name.startswith("layers.") for name in parameters & fits.keys()):
         raise RecipeError(f"model.init_from: no layer of {path_or_entry} fits the student; name another or 'scratch'")
     left = [name for name, fitting in fits.items() if not fitting]
     if left:

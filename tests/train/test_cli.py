@@ -134,7 +134,7 @@ def test_distill_prints_losses_and_every_stage(cli, make_recipe):
     answer = cli("distill", "here/1_general/recipe.yaml", "--output-dir", "alone")
     assert answer.code == 0, answer.err
     for words in ("32 validation examples", "negative loss", "hidden mse", "firing rate", "saved in alone/model"):
-        assert words in answer.out
+        assert words in " ".join(answer.out.split())  # a narrow table folds its title
 
 
 def test_an_encoder_does_not_predict(fails, make_recipe, cli):

@@ -19,3 +19,7 @@ class DataError(SnlpError, ValueError):
 
 class CheckpointError(SnlpError, OSError):
     """A checkpoint cannot be read or written."""
+
+
+class ConvergenceError(SnlpError, ArithmeticError):
+    """A fixed point was not reached: too few iterations, feedback too strong, or a step that is not finite."""

@@ -1,17 +1,18 @@
 """The only door to SpikingJelly's neurons, and the neurons it lacks.
 
 Every class here is a SpikingJelly neuron: step modes 's' and 'm', `functional.reset_net`, monitors and counters work on
-it, and it fits into any SpikingJelly network. Two ways to call one:
+it, and it fits into any SpikingJelly network. Three ways to call one:
 
     node(current)                    SpikingJelly's way: the membrane stays in node.v until `reset_net`
     node(current, from_rest=True)    our models' way: starts at rest, leaves no state behind, [T, ...] in and out
+    node(current, state=membranes)   the same in pieces, for the LIF family: starts from membranes[node], or at rest if
+                                     that is missing, and leaves the membrane there
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from snlp_zoo.ops import Surrogate, elastic_bispike, lif
 from snlp_zoo.ops.bispike import Reset, elastic_bispike_measured
+
+BaseNode = neuron.BaseNode  # what every spiking neuron is, ours and theirs
 
 # SpikingJelly surrogate class -> our name for the same derivative, with the same meaning of alpha
 _SURROGATE_NAMES: dict[type, str] = {
@@ -77,6 +80,15 @@ class _LIFBase(_ExplicitState):
 
     def _tau(self) -> float | Tensor:
         return self.tau
+
+    def forward(self, *inputs, state: dict[nn.Module, Tensor] | None = None, **kwargs):
+        if state is None:
+            return super().forward(*inputs, **kwargs)
+        if self.step_mode != "m":
+            raise ValueError("state=... runs many time steps at once and needs step_mode='m'")
+        spikes, v = self.run(inputs[0], state.get(self), **kwargs)
+        state[self] = cast(Tensor, v)  # there is one: carry_out is the default
+        return spikes
 
     def multi_step_functional_forward(self, inputs, states, **kwargs):
         spikes, v = self.run(inputs[0], states[0])
@@ -371,40 +383,3 @@ def make_neuron(kind: str, **options) -> neuron.BaseNode:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"unknown neuron {kind!r}, known are {', '.join(_NEURONS)}{hint}")
     return _NEURONS[kind](**options)
-
-
-@contextmanager
-def firing_rates_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) -> Iterator[dict[str, Any]]:
-    """During one forward of `net`, measure how often its spiking neurons fire on real tokens.
-
-    Args:
-        mask: attention_mask, [B, N].
-    Yields:
-        A dictionary, filled on leaving: "spike_rates" (module name -> [T], share of neurons that fired at each step)
-        and "firing_rate" (that share over all modules and steps). It stays empty unless enabled.
-    """
-    result: dict[str, Any] = {}
-    if not enabled:
-        yield result
-        return
-    fired: dict[str, Tensor] = {}  # module name -> [T], spikes on real tokens
-    slots: dict[str, Tensor] = {}  # module name -> neurons on real tokens, per step
-    thread = None if torch.compiler.is_compiling() else get_ident()
-
-    def record(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, spikes: Tensor) -> None:
-            if thread is None or get_ident() == thread:  # not another thread's forward through the same model
-                fired[name] = ((spikes != 0) & mask.bool().unsqueeze(-1)).flatten(1).sum(1).float()
-                slots[name] = mask.sum() * spikes.shape[-1]
-
-        return hook
-
-    nodes = [(name, module) for name, module in net.named_modules() if isinstance(module, neuron.BaseNode)]
-    handles = [module.register_forward_hook(record(name)) for name, module in nodes]
-    try:
-        yield result
-    finally:
-        for handle in handles:
-            handle.remove()
-    result["spike_rates"] = {name: fired[name] / slots[name] for name in fired}
-    result["firing_rate"] = sum(f.sum() for f in fired.values()) / sum(len(fired[n]) * slots[n] for n in fired)

@@ -61,6 +61,9 @@ class SpikingConfig(PreTrainedConfig):
     time_steps: int = 4
 
     def __post_init__(self, **kwargs):
+        for alias, name in self.attribute_map.items():  # a family's own name of a shared field
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
         for name, limit in _BOUNDS.items():
             if not 1 <= getattr(self, name) <= limit:
                 raise ValueError(f"{self.model_type}: {name} must be between 1 and {limit}, got {getattr(self, name)}")
@@ -85,6 +88,7 @@ def make_config(config_class: type[SpikingConfig], **values: Any) -> SpikingConf
         ValueError: unknown name (with the nearest one), or a value out of bounds.
     """
     known = {field.name for field in fields(config_class)} | {"num_labels", "attn_implementation"}
+    known |= set(config_class.attribute_map)
     for name in values.keys() - known:
         nearest = get_close_matches(name, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -99,8 +103,8 @@ def make_config(config_class: type[SpikingConfig], **values: Any) -> SpikingConf
 class SpikingModelOutput(ModelOutput):
     """last_hidden_state [B, N, D], pooler_output [B, D], hidden_states (L + 1 times [B, N, D], embeddings first) and
     attentions (L times [B, H, N, N]) are means over T. spike_rates: site name -> [T], share of neurons that fired on
-    real tokens; firing_rate: that share over all sites and steps. attention_scores (L times [B, H, N, N], from families
-    that have them): q k^T / sqrt(E) before mask and softmax.
+    real tokens; firing_rate: that share over all sites and steps. attention_scores (L times [B, H, N, N], before the
+    softmax) and steps_used ([B], time steps until the prediction settled) where a family has them.
     """
 
     last_hidden_state: Tensor | None = None
@@ -110,6 +114,7 @@ class SpikingModelOutput(ModelOutput):
     attention_scores: tuple[Tensor, ...] | None = None
     spike_rates: dict[str, Tensor] | None = None
     firing_rate: Tensor | None = None
+    steps_used: Tensor | None = None
 
 
 @dataclass
@@ -123,6 +128,7 @@ class SpikingHeadOutput(ModelOutput):
     attention_scores: tuple[Tensor, ...] | None = None
     spike_rates: dict[str, Tensor] | None = None
     firing_rate: Tensor | None = None
+    steps_used: Tensor | None = None
 
 
 class TransferReport(NamedTuple):
@@ -294,11 +300,8 @@ class SpikingHead(SpikingPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_spike_rates: bool | None = None,
-        output_attention_scores: bool | None = None,
     ) -> SpikingHeadOutput:
         """input_ids, attention_mask, token_type_ids, position_ids [B, N] -> `SpikingHeadOutput`.
-
-        output_attention_scores: for encoders whose forward takes it.
 
         labels: [B] classes, or numbers for regression; [B, N] token ids for masked language models, -100 where nothing
         is predicted.
@@ -313,18 +316,14 @@ class SpikingHead(SpikingPreTrainedModel):
             output_hidden_states,
             output_spike_rates,
             return_dict=True,
-            **({} if output_attention_scores is None else {"output_attention_scores": output_attention_scores}),
         )
+        return self.head_output(encoded, labels)
+
+    def head_output(self, encoded: SpikingModelOutput, labels: Tensor | None) -> SpikingHeadOutput:
+        """Logits, loss if there are labels, and what the encoder returned beside its states."""
         logits = self.logits(encoded)
-        return SpikingHeadOutput(
-            loss=None if labels is None else self.loss(logits, labels),
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            attention_scores=encoded.attention_scores,
-            spike_rates=encoded.spike_rates,
-            firing_rate=encoded.firing_rate,
-        )
+        passed_on = {k: v for k, v in encoded.items() if k not in ("last_hidden_state", "pooler_output")}
+        return SpikingHeadOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits, **passed_on)
 
 
 class ForSequenceClassification(SpikingHead):

@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple
 
 from snlp_zoo.layers import Direct, ElasticBiSpike, SpikingLinear
-from snlp_zoo.layers.neurons import amplitudes_updated, firing_rates_recorded
+from snlp_zoo.layers.firing import firing_rates_recorded
+from snlp_zoo.layers.neurons import amplitudes_updated
 from snlp_zoo.models.base import (
     ForMaskedLM,
     ForSequenceClassification,

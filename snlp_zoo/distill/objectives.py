@@ -123,14 +123,15 @@ def attention_score_mse(student_outputs: Outputs, teacher_outputs: Outputs, batc
 
 
 def _pair_mse(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch: Batch) -> Tensor:
-    mask = batch["attention_mask"].float()
-    pair_mask = mask.unsqueeze(1) * mask.unsqueeze(2)  # [B, N, N]
+    mask = batch["attention_mask"].bool()
+    pairs = (mask.unsqueeze(1) & mask.unsqueeze(2)).unsqueeze(1)  # [B, 1, N, N]
     losses = []
     for i, j in layer_pairs(len(student), len(teacher)):
         s, t = student[i - 1].float(), teacher[j - 1].float()
         if s.shape[1] != t.shape[1]:
             s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)
-        losses.append(((s - t).square().mean(1) * pair_mask).sum() / pair_mask.sum().clamp_min(1))
+        difference = (s - t).masked_fill(~pairs, 0.0)  # before the square: scores may hold a mask's -inf
+        losses.append(difference.square().mean(1).sum() / pairs.sum().clamp_min(1))
     return torch.stack(losses).mean()
 
 

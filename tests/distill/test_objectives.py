@@ -164,6 +164,17 @@ def test_attention_score_mse_is_attention_mse_of_the_scores():
     assert got != attention_mse(student, teacher, make_batch())
 
 
+def test_a_mask_in_the_scores_costs_nothing():
+    student, teacher = make_outputs(0), make_outputs(1)
+    expected = attention_score_mse(student, teacher, make_batch())
+    minus = torch.zeros(B, 1, 1, N).masked_fill(MASK[:, None, None] == 0, -torch.inf)
+    masked = SimpleNamespace(attention_scores=tuple(x + minus for x in student.attention_scores))
+    got = attention_score_mse(masked, teacher, make_batch())
+    assert got == expected
+    got.backward()
+    assert all(x.grad.isfinite().all() for x in student.attention_scores)
+
+
 def test_attention_mse_averages_over_heads_where_their_numbers_differ():
     student, teacher = make_outputs(0, heads=2), make_outputs(1, heads=3)
     averaged = [

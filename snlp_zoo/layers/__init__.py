@@ -3,5 +3,17 @@
 from snlp_zoo.layers.bispike import SpikingLinear
 from snlp_zoo.layers.coding import Direct
 from snlp_zoo.layers.neurons import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, make_neuron
+from snlp_zoo.layers.quant import BitLinear, make_linear, pack
 
-__all__ = ["Direct", "ElasticBiSpike", "IFNode", "LIFNode", "ParametricLIFNode", "SpikingLinear", "make_neuron"]
+__all__ = [
+    "BitLinear",
+    "Direct",
+    "ElasticBiSpike",
+    "IFNode",
+    "LIFNode",
+    "ParametricLIFNode",
+    "SpikingLinear",
+    "make_linear",
+    "make_neuron",
+    "pack",
+]

@@ -19,7 +19,10 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertLMPredict
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from snlp_zoo.layers import ElasticBiSpike
+from snlp_zoo.errors import CheckpointError
+from snlp_zoo.layers import BitLinear, ElasticBiSpike
+from snlp_zoo.layers.quant import PACKED_BUFFERS, Int8Embedding, int8_tables, storage_mismatch
+from snlp_zoo.ops.bit_linear import WEIGHT_BITS
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,11 @@ _BOUNDS = {
 
 @strict
 class SpikingConfig(PreTrainedConfig):
-    """Fields every spiking encoder has; names as in BERT, plus `time_steps` (T)."""
+    """Fields every spiking encoder has; names as in BERT, plus `time_steps` (T) and how weights are kept:
+
+    weight_bits: 32, 1.58 or 1, of the linear layers inside the encoder; embeddings, norms, pooler and heads stay float.
+    packed, int8_embeddings: what `layers.pack` has done to the model; not for a model that is to be trained.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -59,6 +66,9 @@ class SpikingConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     output_spike_rates: bool = False
     time_steps: int = 4
+    weight_bits: float | int = 32
+    packed: bool = False
+    int8_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
         for alias, name in self.attribute_map.items():  # a family's own name of a shared field
@@ -72,6 +82,10 @@ class SpikingConfig(PreTrainedConfig):
                 f"{self.model_type}: hidden_size {self.hidden_size} must be a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+        if self.weight_bits not in (32, *WEIGHT_BITS):
+            raise ValueError(f"{self.model_type}: weight_bits must be 32, 1.58 or 1, got {self.weight_bits}")
+        if (self.packed and self.weight_bits == 32) or (self.int8_embeddings and not self.packed):
+            raise ValueError(f"{self.model_type}: packed needs weight_bits 1.58 or 1, and int8_embeddings needs packed")
         super().__post_init__(**kwargs)
 
     @property
@@ -149,8 +163,22 @@ class SpikingPreTrainedModel(PreTrainedModel):
     teacher_names: ClassVar[dict[str, str]] = {}  # our module path -> the teacher's, "{}" stands for the layer number
     transfer_report: TransferReport | None = None
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers; CheckpointError where packed weights meet an unpacked configuration or the reverse."""
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
+        for kind, packed in (("unexpected_keys", True), ("missing_keys", False)):
+            if found := next((key for key in sorted(report[kind]) if key.endswith(PACKED_BUFFERS)), None):
+                raise CheckpointError(storage_mismatch(found.rpartition(".")[0], packed))
+        return (model, report) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Int8Embedding) or (isinstance(module, BitLinear) and module.packed):
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                (init.ones_ if name == "weight_scale" else init.zeros_)(tensor)
+            return
         super()._init_weights(module)
         if isinstance(module, ElasticBiSpike):
             init.ones_(module.alpha)
@@ -178,6 +206,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
         config_class: Any = cls.config_class
         shared = {f.name for f in fields(config_class)} & {f.name for f in fields(SpikingConfig)}
         shared -= {"hidden_dropout_prob", "attention_probs_dropout_prob", "output_spike_rates", "time_steps"}
+        shared -= {"weight_bits", "packed", "int8_embeddings"}
         inherited = {name: getattr(teacher.config, name) for name in shared if hasattr(teacher.config, name)}
         if "num_labels" not in config:
             inherited |= {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
@@ -225,6 +254,8 @@ class SpikingEncoder(SpikingPreTrainedModel):
     def __init__(self, config: SpikingConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
+        if config.int8_embeddings:
+            int8_tables(self.embeddings, filled=False)
         self.pooler = BertPooler(config) if add_pooling_layer else None
 
     def get_input_embeddings(self) -> nn.Module:
@@ -348,6 +379,8 @@ class ForMaskedLM(SpikingHead):
     """Masked language modelling with tied embeddings."""
 
     def __init__(self, config: SpikingConfig) -> None:
+        if config.int8_embeddings:
+            raise ValueError(f"{config.model_type}: a masked-language-model head shares the embeddings, not in int8")
         super().__init__(config)
         setattr(self, self.base_model_prefix, self.encoder_class(config, add_pooling_layer=False))
         self.cls = BertOnlyMLMHead(config)

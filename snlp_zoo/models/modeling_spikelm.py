@@ -41,6 +41,11 @@ def _neuron_options(config: SpikeLMConfig) -> dict[str, Any]:
     }
 
 
+def _linear(config: SpikeLMConfig, inputs: int, outputs: int) -> SpikingLinear:
+    bits, packed = config.weight_bits, config.packed
+    return SpikingLinear(inputs, outputs, bits=bits, packed=packed, **_neuron_options(config))
+
+
 class SpikeLMAttention(nn.Module):
     """Softmax attention of real queries over ternary keys and values, with residual and norm."""
 
@@ -48,13 +53,13 @@ class SpikeLMAttention(nn.Module):
         super().__init__()
         size, options = config.hidden_size, _neuron_options(config)
         self.num_heads, self.head_size = config.num_attention_heads, size // config.num_attention_heads
-        self.query = SpikingLinear(size, size, **options)
-        self.key = SpikingLinear(size, size, **options)
-        self.value = SpikingLinear(size, size, **options)
+        self.query = _linear(config, size, size)
+        self.key = _linear(config, size, size)
+        self.value = _linear(config, size, size)
         # re-spiked so that both attention products are additions; memoryless: beta 0
         self.key_spikes = ElasticBiSpike(**options | {"beta": 0.0})
         self.value_spikes = ElasticBiSpike(**options | {"beta": 0.0})
-        self.output = SpikingLinear(size, size, **options)
+        self.output = _linear(config, size, size)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)
@@ -88,9 +93,8 @@ class SpikeLMMLP(nn.Module):
 
     def __init__(self, config: SpikeLMConfig) -> None:
         super().__init__()
-        options = _neuron_options(config)
-        self.up = SpikingLinear(config.hidden_size, config.intermediate_size, **options)
-        self.down = SpikingLinear(config.intermediate_size, config.hidden_size, **options)
+        self.up = _linear(config, config.hidden_size, config.intermediate_size)
+        self.down = _linear(config, config.intermediate_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

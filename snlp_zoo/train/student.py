@@ -75,10 +75,15 @@ def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
     Returns:
         Names that were not copied.
     Raises:
-        RecipeError: no layer fits.
+        RecipeError: no layer fits, or the weights are packed.
         CheckpointError: no such model, or it is damaged.
     """
-    theirs, ours = _by_short_name(registry.load(path_or_entry)), _by_short_name(student)
+    source = registry.load(path_or_entry)
+    if source.config.packed:
+        raise RecipeError(
+            f"model.init_from: {path_or_entry} is packed for inference; name the student it was made from"
+        )
+    theirs, ours = _by_short_name(source), _by_short_name(student)
     fits = {name: name in theirs and theirs[name].shape == tensor.shape for name, tensor in ours.items()}
     parameters = {name.removeprefix(f"{student.base_model_prefix}.") for name, _ in student.named_parameters()}
     for name in ours.keys() - parameters:

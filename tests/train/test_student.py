@@ -66,6 +66,20 @@ def test_encoders_and_classifiers_start_from_each_other(tmp_path, source, target
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("bits", [1.58, 1])
+def test_low_bit_weights_start_from_float_ones(saved, bits):
+    student = build(weight_bits=bits)
+    assert copy_student(student, str(saved)) == []
+    name = "spikelm.layers.0.mlp.up.weight"
+    assert torch.equal(student.state_dict()[name], snlp_zoo.load(saved).state_dict()[name])
+
+
+def test_packed_weights_are_no_start(tmp_path):
+    build(weight_bits=1.58, packed=True).save_pretrained(tmp_path / "saved")
+    with pytest.raises(RecipeError, match="saved is packed for inference; name the student it was made from"):
+        copy_student(build(weight_bits=1.58), str(tmp_path / "saved"))
+
+
 def test_a_student_none_of_whose_layers_fits(saved):
     with pytest.raises(RecipeError, match=r"init_from: no layer of .*saved fits the student"):
         copy_student(build(hidden_size=16, intermediate_size=20), str(saved))

@@ -46,11 +46,12 @@ def test_three_stages(extend, data_folder, tmp_path, metrics, family):
 
 
 def test_quantise_starts_from_a_float_student(extend, trained, tmp_path):
-    """What is changed on the way is T here, and the width of weights where a family has it."""
+    """Low-bit weights, and another T beside."""
     recipe = extend("quantise", ["internal", "prediction"])
     overrides = [f"model.init_from={trained.folder}", "model.config.time_steps=3", "stages.internal.train.max_steps=1"]
     summary = distill(recipe, output_dir=tmp_path / "run", overrides=overrides)
     assert (summary["time_steps"], len(summary["stages"])) == (3, 2)
+    assert snlp_zoo.load(tmp_path / "run").config.weight_bits == 1.58
     name = "spikelm.embeddings.word_embeddings.weight"
     ours, start = (snlp_zoo.load(folder).state_dict()[name] for folder in (tmp_path / "run/1_internal", trained.folder))
     assert torch.allclose(ours, start, atol=5e-3)

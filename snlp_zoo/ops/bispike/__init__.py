@@ -126,7 +126,7 @@ def _run(
             if spike_dtype not in (None, *_SIGNS):  # alpha must not round to a narrower dtype than the spikes'
                 current = current.to(torch.promote_types(current.dtype, spike_dtype))
             spikes, v, total = elastic_bispike_analytic(current, v_init, alpha, mask, beta, reset, measured, carry_out)
-            spikes = (spikes.sign() if spike_dtype in _SIGNS else spikes).to(spike_dtype or current.dtype)
+            spikes = (spikes.sign_() if spike_dtype in _SIGNS else spikes).to(spike_dtype or current.dtype)
         else:
             spikes, v, total, _ = kernel.bispike(
                 current, v_init, alpha, mask, beta, reset, spike_dtype or current.dtype, measured, carry_out, chosen

@@ -119,11 +119,12 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     """One column per contestant; the rest of the summary below."""
     people = [who for who in ("teacher", "student", "baseline") if any(k.startswith(f"{who}_") for k in summary)]
     metrics = [key.removeprefix("student_") for key in summary if key.startswith("student_")]
-    title = f"{summary['name']}: {summary['test_examples']} test examples, {summary['seconds']:.0f} s"
+    split = "test" if "test_examples" in summary else "validation"
+    title = f"{summary['name']}: {summary[f'{split}_examples']} {split} examples, {summary['seconds']:.0f} s"
     table = _table(title, "", *("bag of words" if who == "baseline" else who for who in people), numbers=True)
     for metric in metrics:
         values = [summary.get(f"{who}_{metric}") for who in people]
-        table.add_row(metric.replace("_", " "), *("-" if v is None else f"{100 * v:.1f} %" for v in values))
+        table.add_row(metric.replace("_", " "), *("-" if v is None else _shown(metric, v) for v in values))
     cells: dict[str, dict[str, str]] = {
         "parameters": {"teacher": f"{summary['teacher_parameters']:,}", "student": f"{summary['parameters']:,}"},
         "time steps": {"student": str(summary["time_steps"])},
@@ -131,9 +132,19 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     }
     for name, shown in cells.items():
         table.add_row(name, *(shown.get(who, "-") for who in people))
+    for stage in summary.get("stages", [])[:-1]:  # the last one's scores are above
+        key = next(key for key in stage if key.startswith("student_"))
+        metric, shown = key.removeprefix("student_"), {"student": _shown(key, stage[key])}
+        name = f"{stage['name'].rpartition('/')[2]}: {metric.replace('_', ' ')}"
+        table.add_row(name, *(shown.get(who, "-") for who in people))
     table.caption = f"saved in {summary['path']}"
     table.caption_justify = "left"
     return table
+
+
+def _shown(metric: str, value: float) -> str:
+    """Shares as per cent; losses and distances have no hundred."""
+    return f"{value:.4f}" if metric.endswith(("loss", "mse")) else f"{100 * value:.1f} %"
 
 
 @app.command()

@@ -29,7 +29,7 @@ def predict(path_or_entry: str | Path, texts: list[str]) -> list[dict[str, Any]]
         if not text.strip():
             raise DataError(f"text {number} of {len(texts)} is empty; give it at least one word")
     folder = registry.find_checkpoint(path_or_entry)
-    model = registry.load(folder)
+    model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)
     limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     predictions = []

@@ -241,6 +241,18 @@ def load(path_or_entry: str | Path, **options: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def load_classifier(folder: Path) -> PreTrainedModel:
+    """`load` for a model that is asked for labels.
+
+    Raises:
+        CheckpointError: as `load`, or the model has no classifier.
+    """
+    model = load(folder)
+    if not hasattr(model, "classifier"):
+        raise CheckpointError(f"{folder} holds a {type(model).__name__}, which has no classifier; train it on a task")
+    return model
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model.
 

@@ -49,8 +49,8 @@ def test_python_m_is_the_same_program():
     assert "spikelm_tiny_tweets" in listed.stdout
 
 
-def test_recipe_block_is_a_recipe(tmp_path):
-    (recipe,) = blocks("yaml")
+@pytest.mark.parametrize("recipe", blocks("yaml"), ids=lambda recipe: yaml.safe_load(recipe)["name"])
+def test_recipe_block_is_a_recipe(tmp_path, recipe):
     path = tmp_path / "my.yaml"
     path.write_text(recipe)
     loaded = load_recipe(str(path))

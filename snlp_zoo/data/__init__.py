@@ -2,5 +2,6 @@
 
 from snlp_zoo.data.files import read_rows
 from snlp_zoo.data.text import TextSet, TextSplits, load_splits, read_set
+from snlp_zoo.data.unlabelled import load_unlabelled
 
-__all__ = ["TextSet", "TextSplits", "load_splits", "read_rows", "read_set"]
+__all__ = ["TextSet", "TextSplits", "load_splits", "load_unlabelled", "read_rows", "read_set"]

@@ -1,4 +1,4 @@
-"""Local tables: .tsv, .csv and .jsonl files, plain or compressed, read whole, with the line every row came from."""
+"""Local tables: .txt, .tsv, .csv and .jsonl, plain or compressed, read whole, with the line every row came from."""
 
 import codecs
 import csv
@@ -16,7 +16,7 @@ from typing import Any
 from snlp_zoo.errors import DataError
 
 OPENERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.decompress, ".xz": lzma.decompress}
-FORMATS = (".tsv", ".csv", ".jsonl")
+FORMATS = (".txt", ".tsv", ".csv", ".jsonl")
 SUFFIXES = tuple(form + packed for form in FORMATS for packed in OPENERS)
 KNOWN = f"{', '.join(FORMATS)}, each optionally followed by .gz or .xz"
 
@@ -55,11 +55,11 @@ def neighbours(path: str | Path) -> list[str]:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a .tsv, .csv or .jsonl file (optionally .gz or .xz), one dict each, in file order.
+    """Rows of a .txt, .tsv, .csv or .jsonl file (optionally .gz or .xz), one dict each, in file order.
 
     Tab-separated files hold no quotes (a quote is a character); comma-separated ones follow RFC 4180. Both start with
-    a header and give strings; .jsonl gives whatever the JSON objects hold. UTF-8, with or without a byte order mark.
-    Blank lines are skipped.
+    a header and give strings; .jsonl gives whatever the JSON objects hold; every line of a .txt file is the `text` of a
+    row. UTF-8, with or without a byte order mark. Blank lines are skipped.
 
     Raises:
         DataError: unknown suffix, missing, empty or damaged file, bytes that are no UTF-8, a row that does not fit the
@@ -76,7 +76,10 @@ def read_table(path: str | Path) -> Table:
         raise DataError(f"{path}: unknown suffix; rename or convert it to one of {KNOWN}")
     form = next(form for form in FORMATS if known.startswith(form))
     text = _text(path, OPENERS[known.removeprefix(form)])
-    table = _json_table(path, text) if form == ".jsonl" else _separated_table(path, text, tabs=form == ".tsv")
+    if form in (".txt", ".jsonl"):
+        table = _line_table(path, text, _json_row if form == ".jsonl" else _text_row)
+    else:
+        table = _separated_table(path, text, tabs=form == ".tsv")
     if not table.rows:
         raise DataError(f"{path}: the file has no rows; give it at least one")
     return table
@@ -136,20 +139,29 @@ def _records(path: Path, text: str, tabs: bool) -> Iterator[tuple[int, list[str]
             yield start, cells
 
 
-def _json_table(path: Path, text: str) -> Table:
+def _line_table(path: Path, text: str, read: Callable[[str, str], dict[str, Any]]) -> Table:
     rows, lines = [], []
     columns: dict[str, None] = {}
     # Only \n ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold as it is.
     for line, record in enumerate(text.split("\n"), start=1):
         if not record.strip():
             continue
-        try:
-            row = json.loads(record)
-        except ValueError as error:
-            raise DataError(f"{path}, line {line}: invalid JSON ({error}); write one object per line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {line}: expected a JSON object, got {record.strip()[:60]!r}")
+        row = read(record.strip(), f"{path}, line {line}")
         rows.append(row)
         lines.append(line)
         columns.update(dict.fromkeys(row))
     return Table(str(path), list(columns), rows, lines)
+
+
+def _text_row(record: str, place: str) -> dict[str, Any]:
+    return {"text": record}
+
+
+def _json_row(record: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(record)
+    except ValueError as error:
+        raise DataError(f"{place}: invalid JSON ({error}); write one object per line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected a JSON object, got {record[:60]!r}")
+    return row

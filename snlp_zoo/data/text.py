@@ -104,8 +104,8 @@ def load_splits(
     Raises:
         DataError: the source cannot be found or read, a column is missing, a text is empty, a label is unknown.
     """
-    sets, names = _sets(source, name, Columns(text, text_pair, label), label_names)
-    train, validation, test = _carve(sets, seed)
+    sets, names = read_splits(source, name, Columns(text, text_pair, label), label_names)
+    train, validation, test = carve(sets, ("validation", "test"), seed)
     return TextSplits(
         train.subset(train_size, seed), validation.subset(validation_size, seed), test.subset(test_size, seed), names
     )
@@ -135,7 +135,7 @@ def read_set(
         label = None
     columns = Columns(text, text_pair, label)
     code = _number if regression else _label_code(table, label, label_names)[0]
-    return _text_set(table, columns, code)
+    return text_set(table, columns, code)
 
 
 def shuffled(size: int, seed: int) -> list[int]:
@@ -145,9 +145,10 @@ def shuffled(size: int, seed: int) -> list[int]:
     return order
 
 
-def _sets(
+def read_splits(
     source: str, name: str | None, columns: Columns, label_names: list[str] | None
 ) -> tuple[dict[str, TextSet], list[str] | None]:
+    """The splits that a source has of its own, and the names of its classes."""
     if source == "tweets":
         return _tweets(label_names)
     path = Path(source, name or "")
@@ -161,7 +162,7 @@ def _sets(
     if columns.label and _hidden(tables.get("test"), columns.label):
         del tables["test"]
     code, names = _label_code(tables["train"], columns.label, label_names)
-    return {split: _text_set(table, columns, code) for split, table in tables.items()}, names
+    return {split: text_set(table, columns, code) for split, table in tables.items()}, names
 
 
 def _tweets(label_names: list[str] | None) -> tuple[dict[str, TextSet], list[str]]:
@@ -220,17 +221,20 @@ def _hidden(table: Table | None, label: str) -> bool:
     return table is not None and all(row.get(label) in (-1, "-1") for row in table.rows)
 
 
-def _carve(sets: dict[str, TextSet], seed: int) -> tuple[TextSet, TextSet, TextSet]:
-    """Train, validation, test; what is missing is taken from train, a tenth of its rows per split."""
-    train, given = sets["train"], [sets[split] for split in ("validation", "test") if split in sets]
-    if len(given) == 2:
-        return train, given[0], given[1]
-    order, tenth, missing = shuffled(len(train), seed), max(1, len(train) // 10), 2 - len(given)
+def carve(sets: dict[str, TextSet], wanted: tuple[str, ...], seed: int) -> list[TextSet]:
+    """Train and the wanted splits; what is missing is taken from train, a tenth of its rows per split.
+
+    Raises:
+        DataError: train has too few rows.
+    """
+    train, given = sets["train"], [sets[split] for split in wanted if split in sets]
+    order, tenth, missing = shuffled(len(train), seed), max(1, len(train) // 10), len(wanted) - len(given)
+    if not missing:
+        return [train, *given]
     if len(train) <= missing * tenth:
         raise DataError(f"{len(train)} train rows are too few to carve {missing} more splits from; give more rows")
     carved = [train.take(order[start : start + tenth]) for start in range(0, missing * tenth, tenth)]
-    validation, test = carved + given  # the only split beside train is the one to report
-    return train.take(order[missing * tenth :]), validation, test
+    return [train.take(order[missing * tenth :]), *carved, *given]  # the only split beside train is the one to report
 
 
 LabelCode = Callable[
@@ -238,7 +242,8 @@ LabelCode = Callable[
 ]  # a label as it stands in the file -> class number or float; ValueError says why
 
 
-def _text_set(table: Table, columns: Columns, code: LabelCode) -> TextSet:
+def text_set(table: Table, columns: Columns, code: LabelCode | None = None) -> TextSet:
+    """The columns of a table; `code` reads labels, where a label column is named."""
     texts = _strings(table, columns.text)
     for row, text in enumerate(texts):
         if not text.strip():
@@ -246,7 +251,7 @@ def _text_set(table: Table, columns: Columns, code: LabelCode) -> TextSet:
     return TextSet(
         texts,
         _strings(table, columns.text_pair) if columns.text_pair else None,
-        _labels(table, columns.label, code) if columns.label else None,
+        _labels(table, columns.label, code) if columns.label and code else None,
     )
 
 

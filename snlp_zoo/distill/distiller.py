@@ -1,14 +1,20 @@
 """The module that is trained: a student, its projections, and a frozen teacher that is never part of it."""
 
 from collections.abc import Mapping
-from typing import Any
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from snlp_zoo.distill.matching import Projection
+from snlp_zoo.distill.matching import Projection, SharedProjection, attention_scores_recorded
 from snlp_zoo.distill.objectives import OBJECTIVES, count_units
+
+
+def gives_attention_scores(student: Any) -> bool:
+    """Whether an encoder (class or instance) can return its attention scores."""
+    return "output_attention_scores" in signature(student.forward).parameters
 
 
 class Distiller(nn.Module):
@@ -18,20 +24,29 @@ class Distiller(nn.Module):
         student: the model that learns.
         teacher: frozen here (evaluation mode, no gradients); None if no objective needs one.
         objectives: name in `OBJECTIVES` -> keyword options.
+        projection: of hidden states to the teacher's width, `Projection` ("per_layer") or `SharedProjection`.
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, objectives: Mapping[str, dict[str, Any]]
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        objectives: Mapping[str, dict[str, Any]],
+        projection: Literal["per_layer", "shared"] = "per_layer",
     ) -> None:
         super().__init__()
         self.student = student
         self.objectives = {name: (OBJECTIVES[name], options) for name, options in objectives.items()}
-        self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()  # a tuple hides it
+        frozen = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
+        self._teacher: tuple[Any, ...] = frozen  # a tuple hides it
         needs = {need for objective, _ in self.objectives.values() for need in objective.needs}
         self.wanted = {f"output_{need}": True for need in needs}
         self.per_token = type(student).__name__.endswith("ForMaskedLM")
         width = teacher.config.hidden_size if teacher is not None and needs else student.config.hidden_size
-        self.projection = Projection(student.config.num_hidden_layers + 1, student.config.hidden_size, width)
+        if projection == "shared" and "hidden_states" in needs:
+            self.projection: nn.Module = SharedProjection(student.config.hidden_size, width)
+        else:
+            self.projection = Projection(student.config.num_hidden_layers + 1, student.config.hidden_size, width)
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What each objective's mean runs over in this batch, [objectives]."""
@@ -40,13 +55,25 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The objectives' losses on this batch, unweighted, float32 [objectives]."""
+        return self.losses_and_rate(batch)[0]
+
+    def losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Any]:
+        """`forward`, and the student's firing rate if `output_spike_rates=True` is among what is asked of it."""
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
-        student = self.student(**inputs, **self.wanted)
+        student = self.student(**inputs, **self.wanted, **more)
         if student.hidden_states is not None:
             student.hidden_states = self.projection(student.hidden_states)
-        teacher = None
-        if self._teacher:
-            with torch.no_grad():
-                teacher = self._teacher[0](**inputs, **self.wanted)
+        teacher = self._teach(inputs) if self._teacher else None
         losses = [o.function(student, teacher, batch, **options) for o, options in self.objectives.values()]
-        return torch.stack(losses)
+        return torch.stack(losses), getattr(student, "firing_rate", None)
+
+    @torch.no_grad()
+    def _teach(self, inputs: dict[str, Tensor]) -> Any:
+        """The teacher's outputs; a dense model does not give its scores, so they are taken from its projections."""
+        wanted = {name: value for name, value in self.wanted.items() if name != "output_attention_scores"}
+        if len(wanted) == len(self.wanted):
+            return self._teacher[0](**inputs, **wanted)
+        with attention_scores_recorded(self._teacher[0]) as scores:
+            outputs = self._teacher[0](**inputs, **wanted)
+        outputs.attention_scores = tuple(scores)
+        return outputs

@@ -1,7 +1,12 @@
-"""Which teacher layer teaches which student layer, and projections where their widths differ."""
+"""Which teacher layer teaches which student layer, projections between their widths, a teacher's attention scores."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from snlp_zoo.errors import RecipeError
 from snlp_zoo.models.base import spread_layers
 
 
@@ -32,3 +37,63 @@ class Projection(nn.Module):
         if not self.layers:
             return hidden_states
         return tuple(layer(state) for layer, state in zip(self.layers, hidden_states, strict=True))
+
+
+class SharedProjection(nn.Module):
+    """One affine map from every hidden state of a student to the teacher's width; training only, never saved.
+
+    It is there for equal widths too, where it starts as the identity: firing rates cannot be negative, a teacher's
+    states are, and only the map's bias bridges that.
+    """
+
+    def __init__(self, student_size: int, teacher_size: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(student_size, teacher_size)
+        if student_size == teacher_size:
+            nn.init.eye_(self.layer.weight)
+            nn.init.zeros_(self.layer.bias)
+
+    def forward(self, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """L + 1 times [B, N, student_size] -> L + 1 times [B, N, teacher_size]."""
+        return tuple(self.layer(state) for state in hidden_states)
+
+
+def score_projections(teacher: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+    """The query and the key projection of every layer of a BERT-like teacher, first layer first.
+
+    Raises:
+        RecipeError: it has none that are called like BERT's.
+    """
+    modules = dict(teacher.named_modules())
+    names = [name.removesuffix("query") for name in modules if name.endswith("attention.self.query")]
+    if not names or any(f"{name}key" not in modules for name in names):
+        raise RecipeError(
+            f"attention_score_mse needs a teacher with modules attention.self.query and attention.self.key, like BERT; "
+            f"{type(teacher).__name__} has none: use attention_mse"
+        )
+    return [(modules[f"{name}query"], modules[f"{name}key"]) for name in names]
+
+
+@contextmanager
+def attention_scores_recorded(teacher: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Within it, a forward of the teacher appends every layer's q k^T / sqrt(E) [B, H, N, N] to the list."""
+    heads, queries, scores = teacher.config.num_attention_heads, [], []
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, N, E]
+
+    def keep_query(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        queries.append(split(output))
+
+    def add_scores(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        query = queries.pop()
+        scores.append(query @ split(output).transpose(-1, -2) * query.shape[-1] ** -0.5)
+
+    handles = []
+    try:
+        for query, key in score_projections(teacher):
+            handles += [query.register_forward_hook(keep_query), key.register_forward_hook(add_scores)]
+        yield scores
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,8 +1,9 @@
 """What a student learns from: functions (student_outputs, teacher_outputs, batch) -> scalar, chosen by name.
 
 Outputs have `logits` ([B, C], or [B, N, V] per token), `hidden_states` (L + 1 times [B, N, D], embeddings first) and
-`attentions` (L times [B, H, N, N]); batch has `attention_mask` [B, N] and `labels`. Every objective is a mean over what
-is real (examples, or tokens that are not padding), computed in float32 from log-probabilities.
+`attentions` and `attention_scores` (L times [B, H, N, N]); batch has `attention_mask` [B, N] and `labels`. Every
+objective is a mean over what is real (examples, or tokens that are not padding), computed in float32 from
+log-probabilities.
 """
 
 from collections.abc import Callable, Mapping
@@ -113,15 +114,24 @@ def attention_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Bat
 
     Where the numbers of heads differ, both sides are averaged over heads first.
     """
-    student, teacher = student_outputs.attentions, teacher_outputs.attentions
-    mask = batch["attention_mask"].float()
-    pair_mask = mask.unsqueeze(1) * mask.unsqueeze(2)  # [B, N, N]
+    return _pair_mse(student_outputs.attentions, teacher_outputs.attentions, batch)
+
+
+def attention_score_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
+    """`attention_mse` on the scores before mask and softmax, q k^T / sqrt(E)."""
+    return _pair_mse(student_outputs.attention_scores, teacher_outputs.attention_scores, batch)
+
+
+def _pair_mse(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch: Batch) -> Tensor:
+    mask = batch["attention_mask"].bool()
+    pairs = (mask.unsqueeze(1) & mask.unsqueeze(2)).unsqueeze(1)  # [B, 1, N, N]
     losses = []
     for i, j in layer_pairs(len(student), len(teacher)):
         s, t = student[i - 1].float(), teacher[j - 1].float()
         if s.shape[1] != t.shape[1]:
             s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)
-        losses.append(((s - t).square().mean(1) * pair_mask).sum() / pair_mask.sum().clamp_min(1))
+        difference = (s - t).masked_fill(~pairs, 0.0)  # before the square: scores may hold a mask's -inf
+        losses.append(difference.square().mean(1).sum() / pairs.sum().clamp_min(1))
     return torch.stack(losses).mean()
 
 
@@ -137,6 +147,11 @@ class Objective(NamedTuple):
         """Names of the keyword options."""
         return [name for name, p in signature(self.function).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it compares classes, which unlabelled text does not have."""
+        return self.unit in ("logit", "label")
+
 
 OBJECTIVES: dict[str, Objective] = {
     "forward_kl": Objective(forward_kl, "logit"),
@@ -146,6 +161,7 @@ OBJECTIVES: dict[str, Objective] = {
     "hidden_mse": Objective(hidden_mse, "token", ("hidden_states",)),
     "embedding_mse": Objective(embedding_mse, "token", ("hidden_states",)),
     "attention_mse": Objective(attention_mse, "pair", ("attentions",)),
+    "attention_score_mse": Objective(attention_score_mse, "pair", ("attention_scores",)),
 }
 
 

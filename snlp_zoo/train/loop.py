@@ -87,6 +87,33 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
     return scores
 
 
+@torch.no_grad()
+def evaluate_losses(
+    accelerator: Accelerator, distiller: Distiller, loader: DataLoader, weights: Tensor, label: str
+) -> dict[str, float]:
+    """`evaluate` for a student without a head, by its distance from the teacher.
+
+    Returns:
+        negative_loss (minus the weighted sum, so that more is better), every objective's mean over all batches,
+        firing_rate. Equal on every rank.
+    """
+    was_training = distiller.training
+    distiller.eval()
+    sums: list[tuple[Tensor, Tensor, float, int]] = []  # losses times units, units, firing rate times tokens, tokens
+    for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
+        batch = _own_rows(accelerator, whole)
+        if len(batch["index"]):
+            losses, rate = distiller.losses_and_rate(batch, output_spike_rates=True)
+            units, tokens = distiller.counts(batch).double(), int(batch["attention_mask"].sum())
+            sums.append(((losses.double() * units).cpu(), units.cpu(), float(rate) * tokens, tokens))
+    distiller.train(was_training)
+    losses, units, fired, tokens = (sum(column) for column in zip(*gather_object(sums), strict=True))
+    means = (losses / units.clamp_min(1)).tolist()
+    negative = -sum(weight * mean for weight, mean in zip(weights.tolist(), means, strict=True))
+    terms = dict(zip(distiller.objectives, means, strict=True))
+    return {"negative_loss": negative, **terms, "firing_rate": fired / tokens}
+
+
 def _own_rows(accelerator: Accelerator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """This process's rows of a global batch. All are padded alike, so processes round alike, whatever their number."""
     size, rank, processes = len(batch["index"]), accelerator.process_index, accelerator.num_processes
@@ -203,7 +230,11 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress = self.progress
-        scores = evaluate(self.accelerator, self.distiller.student, self.eval_loader, "validate")
+        student = self.distiller.student
+        if student.base_model is student:  # no head, no predictions
+            scores = evaluate_losses(self.accelerator, self.distiller, self.eval_loader, self.weights, "validate")
+        else:
+            scores = evaluate(self.accelerator, student, self.eval_loader, "validate")
         self._write({"step": progress.step, "split": "validation", **scores})
         metric = next(iter(scores.values()))
         if progress.best is None or metric > progress.best:

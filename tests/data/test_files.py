@@ -24,6 +24,15 @@ def test_every_format_gives_the_same_rows(tmp_path, form, packed, mark):
     assert read_rows(path) == ROWS
 
 
+@pytest.mark.parametrize("packed", PACK)
+def test_every_line_of_plain_text_is_a_row(tmp_path, packed):
+    path = tmp_path / f"data.TXT{packed}"
+    path.write_bytes(PACK[packed]("\ufeffone, \t'two'\r\n \n\n last \n".encode()))
+    table = read_table(path)
+    assert table.rows == [{"text": "one, \t'two'"}, {"text": "last"}]
+    assert table.lines == [1, 4]
+
+
 def test_lines_count_blank_lines_and_line_breaks_in_quotes(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text('text,label\n"two\nlines",a\n\nlast,b\n')

@@ -1,7 +1,15 @@
 import pytest
 import torch
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
-from snlp_zoo.distill.matching import Projection, layer_pairs
+from snlp_zoo.distill.matching import (
+    Projection,
+    SharedProjection,
+    attention_scores_recorded,
+    layer_pairs,
+    score_projections,
+)
+from snlp_zoo.errors import RecipeError
 
 
 @pytest.mark.parametrize(
@@ -58,3 +66,54 @@ def test_gradients_reach_the_student_and_the_map():
 def test_another_number_of_states_is_an_error():
     with pytest.raises(ValueError, match="zip"):
         Projection(3, 4, 6)(tuple(torch.zeros(1, 1, 4) for _ in range(2)))
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_the_shared_map_is_one_affine_map_for_all_states(width):
+    projection = SharedProjection(4, width)
+    states = tuple(torch.rand(2, 5, 4) for _ in range(3))
+    with torch.no_grad():
+        projection.layer.bias -= 1.0
+    for state, got in zip(states, projection(states), strict=True):
+        torch.testing.assert_close(got, state @ projection.layer.weight.T + projection.layer.bias)
+        assert got.shape == (2, 5, width)
+    assert [p.shape for p in projection.parameters()] == [(width, 4), (width,)]
+
+
+def test_the_shared_map_of_equal_widths_starts_as_the_identity_and_learns():
+    projection, state = SharedProjection(4, 4), torch.rand(2, 5, 4)
+    assert torch.equal(projection((state,))[0], state)
+    projection((state,))[0].square().sum().backward()
+    assert all(parameter.grad.any() for parameter in projection.parameters())
+
+
+@pytest.fixture
+def bert():
+    config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16)
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_teachers_scores_are_what_its_softmax_sees(bert, implementation):
+    ids = torch.randint(1, 30, (2, 5))
+    bert.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = bert(ids, output_attentions=True).attentions
+        bert.set_attn_implementation(implementation)
+        with attention_scores_recorded(bert) as scores:
+            bert(ids)
+    assert [tuple(score.shape) for score in scores] == [(2, 2, 5, 5)] * 3
+    for score, attention in zip(scores, attentions, strict=True):
+        torch.testing.assert_close(score.softmax(-1), attention)
+
+
+def test_nothing_stays_on_the_teacher(bert):
+    with pytest.raises(ZeroDivisionError), attention_scores_recorded(bert):
+        raise ZeroDivisionError
+    assert not any(module._forward_hooks for module in bert.modules())
+
+
+def test_a_teacher_without_query_and_key_is_an_error():
+    teacher = GPT2Model(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(RecipeError, match=r"attention_score_mse needs .*attention\.self\.query.*GPT2Model has none"):
+        score_projections(teacher)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from snlp_zoo.distill.objectives import (
     OBJECTIVES,
     attention_mse,
+    attention_score_mse,
     count_units,
     cross_entropy,
     embedding_mse,
@@ -32,6 +33,7 @@ def make_outputs(seed, *, layers=L, heads=H, width=D, per_token=False, dtype=tor
         logits=draw(B, N, C) if per_token else draw(B, C),
         hidden_states=tuple(draw(B, N, width) for _ in range(layers + 1)),
         attentions=tuple(draw(B, heads, N, N) for _ in range(layers)),
+        attention_scores=tuple(draw(B, heads, N, N) for _ in range(layers)),
     )
 
 
@@ -54,6 +56,7 @@ def overwrite_padding(outputs):
         logits=logits.masked_fill(pad[..., None], 1e3) if logits.ndim == 3 else logits,
         hidden_states=tuple(x.detach().masked_fill(pad[..., None], 1e3) for x in outputs.hidden_states),
         attentions=tuple(x.detach().masked_fill(pairs, 1e3) for x in outputs.attentions),
+        attention_scores=tuple(x.detach().masked_fill(pairs, 1e3) for x in outputs.attention_scores),
     )
 
 
@@ -153,6 +156,25 @@ def test_attention_mse_against_the_formula():
     torch.testing.assert_close(attention_mse(student, teacher, make_batch()), expected)
 
 
+def test_attention_score_mse_is_attention_mse_of_the_scores():
+    student, teacher = make_outputs(0, layers=2, heads=2), make_outputs(1, layers=4, heads=3)
+    moved = [SimpleNamespace(attentions=outputs.attention_scores) for outputs in (student, teacher)]
+    got = attention_score_mse(student, teacher, make_batch())
+    assert got == attention_mse(*moved, make_batch())
+    assert got != attention_mse(student, teacher, make_batch())
+
+
+def test_a_mask_in_the_scores_costs_nothing():
+    student, teacher = make_outputs(0), make_outputs(1)
+    expected = attention_score_mse(student, teacher, make_batch())
+    minus = torch.zeros(B, 1, 1, N).masked_fill(MASK[:, None, None] == 0, -torch.inf)
+    masked = SimpleNamespace(attention_scores=tuple(x + minus for x in student.attention_scores))
+    got = attention_score_mse(masked, teacher, make_batch())
+    assert got == expected
+    got.backward()
+    assert all(x.grad.isfinite().all() for x in student.attention_scores)
+
+
 def test_attention_mse_averages_over_heads_where_their_numbers_differ():
     student, teacher = make_outputs(0, heads=2), make_outputs(1, heads=3)
     averaged = [
@@ -188,7 +210,7 @@ def test_gradients_are_finite_and_stay_out_of_padding(name, per_token):
     loss = OBJECTIVES[name].function(student, teacher, make_batch(per_token))
     assert loss.shape == ()
     loss.backward()
-    tensors = [student.logits, *student.hidden_states, *student.attentions]
+    tensors = [student.logits, *student.hidden_states, *student.attentions, *student.attention_scores]
     grads = [x.grad for x in tensors if x.grad is not None]
     assert grads
     for grad in grads:
@@ -209,6 +231,7 @@ def test_half_precision_is_computed_in_float32(name, per_token):
             logits=x.logits.float(),
             hidden_states=tuple(h.float() for h in x.hidden_states),
             attentions=tuple(a.float() for a in x.attentions),
+            attention_scores=tuple(a.float() for a in x.attention_scores),
         )
         for x in (student, teacher)
     ]
@@ -216,7 +239,7 @@ def test_half_precision_is_computed_in_float32(name, per_token):
     assert torch.equal(got, function(*wide, batch))
 
 
-@pytest.mark.parametrize("name", ["hidden_mse", "embedding_mse", "attention_mse"])
+@pytest.mark.parametrize("name", ["hidden_mse", "embedding_mse", "attention_mse", "attention_score_mse"])
 def test_a_batch_without_tokens_is_zero(name):
     student, teacher = make_outputs(0), make_outputs(1)
     loss = OBJECTIVES[name].function(student, teacher, {"attention_mask": torch.zeros_like(MASK)})
@@ -258,7 +281,7 @@ def test_the_table_says_what_each_objective_needs():
     assert {name for name, objective in OBJECTIVES.items() if not objective.needs_teacher} == {"cross_entropy"}
     for name, objective in OBJECTIVES.items():
         student, teacher = make_outputs(0), make_outputs(1)
-        for output in {"hidden_states", "attentions"} - set(objective.needs):
+        for output in {"hidden_states", "attentions", "attention_scores"} - set(objective.needs):
             setattr(student, output, None)
             setattr(teacher, output, None)
         assert objective.function(student, teacher if objective.needs_teacher else None, make_batch()).isfinite(), name
@@ -299,6 +322,7 @@ def test_parts_weighted_by_their_units_make_up_the_whole(name, per_token):
                 logits=x.logits[rows],
                 hidden_states=tuple(h[rows] for h in x.hidden_states),
                 attentions=tuple(a[rows] for a in x.attentions),
+                attention_scores=tuple(a[rows] for a in x.attention_scores),
             )
             for x in (student, teacher)
         ]

@@ -124,6 +124,26 @@ def test_distill_prints_a_table(cli, make_recipe):
         assert words in answer.out
 
 
+def test_distill_prints_losses_and_every_stage(cli, make_recipe):
+    general = {"name": "general", "data": {"label": None}, "objectives": {"hidden_mse": 1.0}}
+    recipe = make_recipe(train={"max_steps": 1}, stages=[general, {"name": "task"}])
+    answer = cli("distill", recipe, "--set", "baseline=false", "--output-dir", "here")
+    assert answer.code == 0, answer.err
+    for words in ("1_general: negative loss", "accuracy", "40 test examples", "saved in here/model"):
+        assert words in answer.out
+    answer = cli("distill", "here/1_general/recipe.yaml", "--output-dir", "alone")
+    assert answer.code == 0, answer.err
+    for words in ("32 validation examples", "negative loss", "hidden mse", "firing rate", "saved in alone/model"):
+        assert words in " ".join(answer.out.split())  # a narrow table folds its title
+
+
+def test_an_encoder_does_not_predict(fails, make_recipe, cli):
+    general = {"data": {"label": None}, "objectives": {"hidden_mse": 1.0}, "train": {"max_steps": 1}}
+    assert cli("distill", make_recipe(**general), "--output-dir", "here").code == 0
+    for command in (["predict", "here", "lumi"], ["evaluate", "here", "--data", "x.tsv"]):
+        assert "SpikeLMModel, which has no classifier; train it on a task" in fails(*command)
+
+
 def test_distill_resumes(cli, make_recipe, tmp_path):
     arguments = ("distill", make_recipe(train={"max_steps": 2}), "--output-dir", "out", "--json")
     first = document(cli(*arguments))

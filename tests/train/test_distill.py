@@ -239,7 +239,7 @@ def test_frozen_embeddings_stay(run, teacher_folder):
 def test_the_student_starts_from_the_teacher_only_if_asked(run):
     lazy = ONE_STEP | {"learning_rate": 1e-12}
     copied, _ = run(train=lazy)
-    fresh, _ = run(train=lazy, model={"init_from_teacher": False})
+    fresh, _ = run(train=lazy, model={"init_from": "scratch"})
     (cached,) = (
         path
         for path in (teacher_module.cache_folder() / "teachers").iterdir()

@@ -97,6 +97,24 @@ def test_a_teacher_tuned_and_a_narrower_student_taught_by_two(
     assert len(list((tmp_path / "other-cache" / "teachers").iterdir())) == 1
 
 
+def test_stages_and_text_without_labels_taught_by_two(run, make_recipe, two_processes, trained, metrics, tmp_path):
+    """Validation losses are means over all processes' tokens and pairs; a stage starts from what rank 0 saved."""
+    states = {"hidden_mse": 1.0, "embedding_mse": 0.5, "attention_mse": 1.0}
+    general = {"name": "general", "data": {"label": None, "max_length": 10}, "objectives": states}
+    changes = {"projection": "shared", "stages": [general, {"name": "task"}]}
+    settings = SETTINGS | {"epochs": 1, "eval_batch_size": 5}
+    one, summary = run(**changes, train=settings)
+    recipe = make_recipe(**changes, train=settings | {"batch_size": 8})
+    done = two_processes(recipe, "--output-dir", tmp_path / "two", "--json")
+    for stage in ("1_general", "2_task"):
+        assert_same_curves(metrics(tmp_path / "two" / stage), metrics(one / stage))
+    found = json.loads(done.stdout)
+    assert found["stages"][0]["student_negative_loss"] == pytest.approx(
+        summary["stages"][0]["student_negative_loss"], abs=1e-4
+    )
+    assert found["student_accuracy"] == pytest.approx(summary["student_accuracy"])
+
+
 @pytest.mark.slow
 def test_two_processes_resume_byte_for_byte(make_recipe, two_processes, trained, tmp_path):
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}

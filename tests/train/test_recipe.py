@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from snlp_zoo import registry
 from snlp_zoo.errors import RecipeError
-from snlp_zoo.train.recipe import dump_recipe, load_recipe
+from snlp_zoo.train.recipe import dump_recipe, load_recipe, stage_recipes
 
 ENTRIES = registry.list_entries()
 TRAINABLE = [name for name in ENTRIES if registry.load_entry(name).recipe]
@@ -103,6 +105,73 @@ def test_circular_extends(write, names):
     text = message(path)
     assert "circle" in text
     assert all(name in text for name in names)
+
+
+# ---- stages ----
+
+STAGES = [{"name": "a", "train": {"epochs": 5}}, {"name": "b", "objectives": {"cross_entropy": 1}}]
+
+
+def test_stages_change_the_recipes_own_keys(make_recipe):
+    recipe = load_recipe(str(make_recipe(stages=STAGES)))
+    (first, a), (second, b) = stage_recipes(recipe, Path("runs/x"))
+    assert (str(first), str(second)) == ("runs/x/1_a", "runs/x/2_b")
+    assert (a.name, b.name) == ("tiny/1_a", "tiny/2_b")
+    assert (a.train.epochs, b.train.epochs, a.train.batch_size) == (5, 2, 16)
+    assert (a.objectives, list(b.objectives)) == (recipe.objectives, ["cross_entropy"])
+    assert (a.model.init_from, b.model.init_from) == ("teacher", "runs/x/1_a")
+    assert a.stages == b.stages == []
+
+
+def test_a_recipe_without_stages_is_its_only_one(make_recipe):
+    recipe = load_recipe(str(make_recipe()))
+    assert stage_recipes(recipe, Path("here")) == [(Path("here"), recipe)]
+
+
+def test_the_recipes_own_start_is_the_first_stages(make_recipe):
+    stages = [*STAGES, {"name": "c", "model": {"init_from": "scratch"}}]
+    recipe = load_recipe(str(make_recipe(model={"init_from": "elsewhere"}, stages=stages)))
+    assert [part.model.init_from for _, part in stage_recipes(recipe, Path())] == ["elsewhere", "1_a", "scratch"]
+
+
+def test_extending_changes_stages_by_name(write, make_recipe):
+    make_recipe(stages=STAGES)
+    changes = [{"name": "b", "train": {"seed": 3}}, {"name": "c"}]
+    recipe = load_recipe(write("child.yaml", {"extends": "recipe.yaml", "stages": changes}))
+    assert recipe.stages == [STAGES[0], STAGES[1] | {"train": {"seed": 3}}, {"name": "c"}]
+
+
+def test_set_values_of_a_stage(make_recipe):
+    path = str(make_recipe(stages=STAGES))
+    recipe = load_recipe(path, ["stages.b.train.epochs=9", "stages.a.train.epochs=1", "train.seed=4"])
+    settings = [part.train for _, part in stage_recipes(recipe, Path())]
+    assert [(part.epochs, part.seed) for part in settings] == [(1, 4), (9, 4)]
+    assert "'d'" in message(path, ["stages.d.train.epochs=9"])
+    assert "stages" in message(path, ["stages.a=3"])
+    assert "'epochs'" in message(path, ["stages.a.train.epoch=3"])
+
+
+def test_stages_survive_the_round_trip(write, make_recipe):
+    recipe = load_recipe(
+        str(make_recipe(stages=[STAGES[0] | {"data": {"label": None}, "objectives": {"hidden_mse": 1}}]))
+    )
+    assert load_recipe(write("again.yaml", dump_recipe(recipe))) == recipe
+
+
+def test_text_without_labels(make_recipe):
+    data = {"label": None, "source": ["a.txt", "b"], "text": ["text", "sentence"]}
+    recipe = load_recipe(str(make_recipe(data=data, objectives={"hidden_mse": 1, "attention_mse": 1})))
+    assert recipe.data.source == ["a.txt", "b"]
+    text = message(str(make_recipe(data=data, objectives={"hidden_mse": 1, "cross_entropy": 1, "logit_mse": 1})))
+    assert "cross_entropy, logit_mse cannot be had without labels" in text
+    assert text.endswith("use hidden_mse, embedding_mse, attention_mse, attention_score_mse")
+    assert "at least 1" in message(str(make_recipe(data=data | {"source": []}, objectives={"hidden_mse": 1})))
+
+
+def test_projection(make_recipe):
+    assert load_recipe(str(make_recipe())).projection == "per_layer"
+    assert load_recipe(str(make_recipe(projection="shared"))).projection == "shared"
+    assert "'per_layer' or 'shared'" in message(str(make_recipe(projection="one")))
 
 
 def test_set_values(make_recipe):

@@ -1,0 +1,106 @@
+"""The student of a run: its configuration, and the weights it starts from."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from snlp_zoo import registry
+from snlp_zoo.distill.distiller import gives_attention_scores
+from snlp_zoo.distill.objectives import OBJECTIVES
+from snlp_zoo.errors import RecipeError
+from snlp_zoo.models.base import SpikingConfig
+from snlp_zoo.train.recipe import Recipe
+from snlp_zoo.train.teacher import label_options
+
+logger = logging.getLogger(__name__)
+
+
+def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_names: list[str] | None) -> SpikingConfig:
+    """The student's configuration, checked against the recipe, the tokenizer and the labels.
+
+    Raises:
+        RecipeError: they do not fit each other, or the place to start from does not exist.
+    """
+    values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | recipe.model.config
+    config = registry.build_config(recipe.model.model_type, values)
+    if recipe.data.label is not None:
+        for name, value in label_options(label_names).items():
+            setattr(config, name, value)
+    if recipe.data.max_length > config.max_position_embeddings:
+        raise RecipeError(
+            f"data.max_length {recipe.data.max_length} is more than the model's {config.max_position_embeddings} "
+            "positions; lower it or raise model.config.max_position_embeddings"
+        )
+    if config.vocab_size < len(tokenizer):
+        raise RecipeError(f"model.config.vocab_size {config.vocab_size} is less than the tokenizer's {len(tokenizer)}")
+    needs = {need for name in recipe.objectives for need in OBJECTIVES[name].needs}
+    if "attention_scores" in needs and not gives_attention_scores(_classes(recipe)["encoder"]):
+        raise RecipeError(
+            f"objectives: model_type {recipe.model.model_type!r} does not give the attention scores that "
+            "attention_score_mse compares; use attention_mse"
+        )
+    return config
+
+
+def make_student(recipe: Recipe, config: SpikingConfig, teacher: PreTrainedModel) -> PreTrainedModel:
+    """A student with the weights the recipe asks for: a classifier, or an encoder for text without labels.
+
+    Raises:
+        RecipeError: none of the weights to start from fits.
+        CheckpointError: the saved student to start from cannot be loaded.
+    """
+    task = "encoder" if recipe.data.label is None else "sequence-classification"
+    student = _classes(recipe)[task](config)
+    if recipe.model.init_from == "teacher":
+        student.copy_from(teacher)
+    elif recipe.model.init_from != "scratch":
+        copy_student(student, recipe.model.init_from)
+    return student
+
+
+def _classes(recipe: Recipe) -> dict[str, Any]:
+    return registry.model_classes()[recipe.model.model_type]
+
+
+@torch.no_grad()
+def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
+    """Copy a saved student's weights into another, in place, by name and shape; what keeps its start is logged.
+
+    Names count without the prefix of the family, so that encoders and classifiers start from each other. The buffers
+    of a module (a neuron's amplitudes and whether they were measured) only make sense together.
+
+    Returns:
+        Names that were not copied.
+    Raises:
+        RecipeError: no layer fits, or the weights are packed.
+        CheckpointError: no such model, or it is damaged.
+    """
+    source = registry.load(path_or_entry)
+    if source.config.packed:
+        raise RecipeError(
+            f"model.init_from: {path_or_entry} is packed for inference; name the student it was made from"
+        )
+    theirs, ours = _by_short_name(source), _by_short_name(student)
+    fits = {name: name in theirs and theirs[name].shape == tensor.shape for name, tensor in ours.items()}
+    parameters = {name.removeprefix(f"{student.base_model_prefix}.") for name, _ in student.named_parameters()}
+    for name in ours.keys() - parameters:
+        if not fits[name]:
+            module = name.rpartition(".")[0]
+            fits |= {n: False for n in ours.keys() - parameters if n.rpartition(".")[0] == module}
+    for name, fitting in fits.items():
+        if fitting:
+            ours[name].copy_(theirs[name])
+    if not any(fits[name] and name.startswith("layers.") for name in parameters & fits.keys()):
+        raise RecipeError(f"model.init_from: no layer of {path_or_entry} fits the student; name another or 'scratch'")
+    left = [name for name, fitting in fits.items() if not fitting]
+    if left:
+        logger.warning("not copied from %s: %s", path_or_entry, ", ".join(left))
+    return left
+
+
+def _by_short_name(model: PreTrainedModel) -> dict[str, Tensor]:
+    prefix = f"{model.base_model_prefix}."
+    return {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}

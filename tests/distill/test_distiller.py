@@ -1,0 +1,95 @@
+"""The module that is trained, with a stand-in student: the families that give attention scores are others' work."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from snlp_zoo.distill.distiller import Distiller, gives_attention_scores
+from snlp_zoo.distill.matching import Projection, SharedProjection
+from snlp_zoo.models.modeling_spikelm import SpikeLMModel
+
+SIZES = {"vocab_size": 30, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+class Scores(nn.Module):
+    """A student that is nothing but tables: states in [0, 1] as rates are, and scores of its own."""
+
+    def __init__(self, layers=2, heads=2):
+        super().__init__()
+        self.config = BertConfig(**SIZES, num_hidden_layers=layers)
+        self.layers, self.heads = layers, heads
+        self.query, self.key = nn.Embedding(30, 8), nn.Embedding(30, 8)
+
+    def forward(
+        self, input_ids, attention_mask=None, output_hidden_states=None, output_attention_scores=None
+    ) -> SimpleNamespace:
+        query, key = (x(input_ids).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.query, self.key))
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        states = (self.query(input_ids).sigmoid(),) * (self.layers + 1) if output_hidden_states else None
+        return SimpleNamespace(
+            hidden_states=states, attention_scores=(scores,) * self.layers if output_attention_scores else None
+        )
+
+
+@pytest.fixture
+def teacher():
+    return BertModel(BertConfig(**SIZES, num_hidden_layers=4))
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(1, 30, (4, 6))
+    return {"input_ids": ids, "attention_mask": torch.tensor([[1] * 6, [1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])}
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_scores_are_learned_from_a_teacher_that_only_has_projections(teacher, batch, heads):
+    student = Scores(heads=heads)
+    distiller = Distiller(student, teacher, {"attention_score_mse": {}})
+    optimizer, losses = torch.optim.Adam(student.parameters(), lr=0.05), []
+    for _ in range(60):
+        (loss,) = distiller(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    assert distiller.counts(batch).tolist() == [36 + 36 + 16 + 4]
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_scores_are_asked_for_only_if_an_objective_needs_them(teacher, batch):
+    seen = []
+    student = Scores()
+    student.register_forward_pre_hook(lambda module, inputs, named: seen.append(set(named)), with_kwargs=True)
+    Distiller(student, teacher, {"hidden_mse": {}})(batch)
+    Distiller(student, teacher, {"hidden_mse": {}, "attention_score_mse": {}})(batch)
+    assert [("output_attention_scores" in names) for names in seen] == [False, True]
+
+
+def test_which_students_give_scores():
+    assert gives_attention_scores(Scores)
+    assert gives_attention_scores(Scores())
+    assert not gives_attention_scores(SpikeLMModel)
+
+
+def test_projection_kinds(teacher, batch):
+    assert isinstance(Distiller(Scores(), teacher, {"hidden_mse": {}}).projection, Projection)
+    shared = Distiller(Scores(), teacher, {"hidden_mse": {}, "embedding_mse": {}}, "shared")
+    assert isinstance(shared.projection, SharedProjection)
+    shared(batch).sum().backward()
+    assert shared.projection.layer.bias.grad.any()
+    without = Distiller(Scores(), teacher, {"attention_score_mse": {}}, "shared")
+    assert not list(without.projection.parameters())  # nothing that no loss would train
+
+
+def test_padding_and_unequal_parts_do_not_change_the_loss(teacher, batch):
+    """Parts weighted by what their means run over make up the whole: what two processes rely on."""
+    distiller = Distiller(Scores(), teacher, {"attention_score_mse": {}, "hidden_mse": {}}, "shared")
+    whole, total = distiller(batch), distiller.counts(batch)
+    parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
+    summed = sum(distiller(part) * distiller.counts(part) for part in parts) / total
+    torch.testing.assert_close(summed, whole)

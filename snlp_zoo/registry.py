@@ -25,7 +25,7 @@ from transformers import (
 
 from snlp_zoo import models
 from snlp_zoo.errors import CheckpointError, RecipeError
-from snlp_zoo.models.base import SpikingConfig, make_config
+from snlp_zoo.models.configuration import SpikingConfig, make_config
 
 Task = Literal["sequence-classification", "masked-lm", "encoder"]
 _TASKS: dict[str, tuple[str, Any]] = {  # task -> (ending of the class name, transformers Auto class)

@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 
 from snlp_zoo import registry
 from snlp_zoo.errors import CheckpointError, RecipeError
-from snlp_zoo.models.base import SpikingConfig
+from snlp_zoo.models.configuration import SpikingConfig
 
 
 @pytest.fixture

@@ -25,9 +25,8 @@ def run(model, batches: list[dict[str, torch.Tensor]], **options) -> dict[str, t
     """Predictions, labels and, where returned, steps used, over all batches; the mean firing rate."""
     found: dict[str, list[torch.Tensor]] = {"prediction": [], "label": [], "steps": [], "rate": []}
     for batch in batches:
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        labels = batch.pop("labels")
-        output = model(**batch, output_spike_rates=True, **options)
+        ids, mask, labels = (batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels"))
+        output = model(ids, mask, output_spike_rates=True, **options)
         found["prediction"].append(output.logits.argmax(-1))
         found["label"].append(labels)
         found["rate"].append(output.firing_rate.view(1))

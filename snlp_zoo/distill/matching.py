@@ -40,7 +40,7 @@ class Projection(nn.Module):
 
 
 class SharedProjection(nn.Module):
-    """One affine map from every hidden state of a student to the teacher's width; training only, never saved.
+    """One affine map from every hidden state of a student to the teacher's width; training only, saved beside it.
 
     It is there for equal widths too, where it starts as the identity: firing rates cannot be negative, a teacher's
     states are, and only the map's bias bridges that.

@@ -5,7 +5,7 @@ from typing import get_args
 from huggingface_hub.dataclasses import strict
 
 from snlp_zoo.layers.neurons import ALPHA_MODES
-from snlp_zoo.models.base import SpikingConfig
+from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.ops.backend import Backend
 from snlp_zoo.ops.bispike import Reset
 

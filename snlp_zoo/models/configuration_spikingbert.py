@@ -4,7 +4,7 @@ from typing import ClassVar, get_args
 
 from huggingface_hub.dataclasses import strict
 
-from snlp_zoo.models.base import SpikingConfig
+from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.ops.backend import Backend
 
 ATTENTIONS = ("softmax", "linear")

@@ -21,7 +21,7 @@ from snlp_zoo.train.job import Job, load_data, status
 from snlp_zoo.train.loop import Progress, Trainer, evaluate, make_accelerator
 from snlp_zoo.train.metrics import bag_of_words_baseline
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
-from snlp_zoo.train.student import make_student, student_config
+from snlp_zoo.train.student import load_projection, make_student, save_projection, student_config
 from snlp_zoo.train.teacher import check_attention_scores, load_tokenizer, prepare_teacher
 
 if TYPE_CHECKING:
@@ -205,9 +205,12 @@ def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> Prog
     distiller = Distiller(student, teacher if needs_teacher else None, options, recipe.projection)
     job.tokenizer.model_max_length = recipe.data.max_length
 
+    load_projection(distiller.projection, recipe.model.init_from)
+
     def save_model(target: Path) -> None:
         student.save_pretrained(target)
         job.tokenizer.save_pretrained(target)
+        save_projection(distiller.projection, target)
 
     loaders = job.loaders(settings, settings.batch_size * job.accelerator.num_processes)
     weights = {name: part.weight for name, part in recipe.objectives.items()}
@@ -234,7 +237,7 @@ def _test_scores(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -
 
 
 def _validation_scores(job: Job, progress: Progress) -> dict[str, Any]:
-    """What the best student reached on validation: without its projection, which is not kept, it has no loss."""
+    """What the best student reached on validation: without its projection, which is no part of it, it has no loss."""
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     row = next(row for row in rows if row["step"] == progress.best_step and "split" in row)
     firing_rate = row.pop("firing_rate")

@@ -1,21 +1,24 @@
 """The student of a run: its configuration, and the weights it starts from."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snlp_zoo import registry
 from snlp_zoo.distill.distiller import gives_attention_scores
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
-from snlp_zoo.models.base import SpikingConfig
+from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.train.recipe import Recipe
 from snlp_zoo.train.teacher import label_options
 
 logger = logging.getLogger(__name__)
+PROJECTION = "projection.safetensors"
 
 
 def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_names: list[str] | None) -> SpikingConfig:
@@ -99,6 +102,23 @@ def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
     if left:
         logger.warning("not copied from %s: %s", path_or_entry, ", ".join(left))
     return left
+
+
+def save_projection(projection: nn.Module, folder: Path) -> None:
+    """Keep what maps the student's states to the teacher's beside the student, for a run that starts from it."""
+    if state := {name: tensor.contiguous() for name, tensor in projection.state_dict().items()}:
+        save_file(state, folder / PROJECTION)
+
+
+def load_projection(projection: nn.Module, init_from: str) -> None:
+    """Go on with the projection kept beside the student a run starts from, where there is one that fits."""
+    if init_from in ("teacher", "scratch"):
+        return
+    path = registry.find_checkpoint(init_from) / PROJECTION
+    theirs = load_file(path) if path.is_file() else {}
+    ours = projection.state_dict()
+    if {n: t.shape for n, t in theirs.items()} == {n: t.shape for n, t in ours.items()}:
+        projection.load_state_dict(theirs)
 
 
 def _by_short_name(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 import snlp_zoo
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.layers import BitLinear, SpikingLinear, make_linear, pack
-from snlp_zoo.layers.neurons import firing_rates_recorded
+from snlp_zoo.layers.firing import firing_rates_recorded
 from snlp_zoo.layers.quant import Int8Embedding
 from snlp_zoo.ops import bit_linear as ops
 from snlp_zoo.ops.bit_linear import quantise

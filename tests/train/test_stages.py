@@ -286,3 +286,21 @@ def test_a_teacher_without_scores_is_told_before_anything_is_trained(content, st
     with pytest.raises(RecipeError, match=r"attention\.self\.query.*DistilBertModel has none"):
         staged(stages=[*content["stages"], staged_with_bert])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_goes_on_with_the_projection_of_the_one_before(finished, staged, monkeypatch):
+    before = load_file(finished[0] / "1_general" / "model" / "projection.safetensors")
+    assert not torch.equal(before["layer.weight"], torch.eye(len(before["layer.weight"])))
+    seen = []
+    run = Trainer.run
+
+    def watched(self, *args):
+        if hasattr(self.distiller.projection, "layer"):
+            seen.append({name: tensor.clone() for name, tensor in self.distiller.projection.state_dict().items()})
+        return run(self, *args)
+
+    monkeypatch.setattr(Trainer, "run", watched)
+    folder, _ = staged()
+    after_general = load_file(folder / "1_general" / "model" / "projection.safetensors")
+    torch.testing.assert_close(seen[-1], after_general, rtol=0, atol=0)
+    assert not (folder / "model" / "projection.safetensors").exists()

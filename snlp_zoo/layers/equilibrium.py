@@ -101,19 +101,32 @@ class Spikes(_Pass):
     """The spiking network; membranes live here from chunk to chunk, and nowhere afterwards.
 
     Args:
-        names: neuron -> name of its site; given, `rates` counts how often each fires on real tokens.
         mask: attention_mask [B, N], what counts in `rates`.
+        v_init: every membrane before the first step, in units of v_threshold. From 0 the rate of a constant current
+            rounds down to the next of T + 1 levels, from 0.5 it rounds to the nearest (Bu et al. 2022,
+            arXiv:2202.01440).
+        names: neuron -> name of its site; given, `rates` counts how often each fires on real tokens.
     """
 
     time_axes = 1
 
-    def __init__(self, masks: dict[nn.Module, Tensor], mask: Tensor, names: dict[nn.Module, str] | None = None) -> None:
+    def __init__(
+        self,
+        masks: dict[nn.Module, Tensor],
+        mask: Tensor,
+        v_init: float = 0.0,
+        names: dict[nn.Module, str] | None = None,
+    ) -> None:
         super().__init__(masks)
+        self.v_init = v_init
         self.mask, self.names, self.rates = mask, names, FiringRates()
         self.membranes: dict[nn.Module, Tensor] = {}
 
-    def __call__(self, node: nn.Module, current: Tensor) -> Tensor:
+    def __call__(self, node: IFNode | LIFNode, current: Tensor) -> Tensor:
         """current [T, B, N, D] -> spikes [T, B, N, D]."""
+        if self.v_init and node not in self.membranes:
+            start = current[0].to(torch.promote_types(current.dtype, torch.float32))
+            self.membranes[node] = torch.full_like(start, self.v_init * node.v_threshold)
         spikes = node(current, state=self.membranes)
         if self.names is not None:
             self.rates.add(self.names[node], spikes, self.mask)

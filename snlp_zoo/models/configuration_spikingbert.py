@@ -19,6 +19,8 @@ class SpikingBertConfig(SpikingConfig):
         v_threshold: firing threshold of every neuron, unit of v. Higher is sparser and settles later.
         leak: share of the membrane kept from step to step, in (0, 1]; 1 is integrate-and-fire, below it rates are
             weighted averages.
+        v_init: membrane of every neuron before the first step, in units of v_threshold, in [0, 1). 0 as published; 0.5
+            makes rates of few steps unbiased, see `layers.equilibrium.Spikes`.
         feedback: a learned connection from the last layer's spikes, one step later, to the input neurons. Training
             then solves for the equilibrium, and the simulation runs step by step.
         attention: "softmax", or "linear": query times key over the number of tokens, without softmax.
@@ -32,6 +34,7 @@ class SpikingBertConfig(SpikingConfig):
     time_steps: int = 80
     v_threshold: float | int = 1.0
     leak: float | int = 1.0
+    v_init: float | int = 0.0
     feedback: bool = False
     attention: str = "softmax"
     max_iter: int = 100
@@ -44,9 +47,10 @@ class SpikingBertConfig(SpikingConfig):
                 raise ValueError(
                     f"spikingbert: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        if not (self.v_threshold > 0 and 0 < self.leak <= 1):
+        if not (self.v_threshold > 0 and 0 < self.leak <= 1 and 0 <= self.v_init < 1):
             raise ValueError(
-                f"spikingbert: v_threshold must be positive and leak in (0, 1]; got {self.v_threshold} and {self.leak}"
+                "spikingbert: v_threshold must be positive, leak in (0, 1] and v_init in [0, 1); "
+                f"got {self.v_threshold}, {self.leak} and {self.v_init}"
             )
         if not (1 <= self.max_iter <= 10_000 and 0 < self.tolerance < 1):
             raise ValueError(

@@ -244,7 +244,7 @@ class SpikingBertModel(SpikingBertPreTrainedModel, SpikingEncoder):
     ) -> Simulated:
         """Run the spiking network for up to `steps` steps on the constant current [B, N, D]."""
         names = {module: name for name, module in self.named_modules()} if want_rates else None
-        fire = Spikes(masks, mask, names)
+        fire = Spikes(masks, mask, self.config.v_init, names)
         rates = [AverageRate(self.config.leak) for _ in range(len(self.layers) + 1)]
         # with feedback the input of a step is the step before; to exit early every step is looked at
         chunk = 1 if self.feedback is not None or settling else CHUNK

@@ -46,6 +46,16 @@ def test_rate_of_a_constant_current(steps):
     assert torch.equal(rate[inside], (steps * current[inside]).floor() / steps)
 
 
+@pytest.mark.parametrize("steps", [4, 16])
+def test_half_a_threshold_to_start_with_rounds_rates_to_the_nearest(steps):
+    current = torch.arange(0, 1025, dtype=torch.float64).expand(1, 1, -1) / 1024
+    fire, node = Spikes({}, torch.ones(1, 1), v_init=0.5), rate_neuron(2.0)
+    rate = AverageRate()
+    for piece in (2 * current).expand(steps, *current.shape).split(3):
+        rate.add(fire(node, piece))
+    assert torch.equal(rate.value, (steps * current + 0.5).floor() / steps)
+
+
 @pytest.mark.parametrize("leak", [1.0, 0.9, 0.5])
 @pytest.mark.parametrize("v_threshold", [1.0, 0.3])
 def test_rate_identity_of_a_linear_layer(leak, v_threshold):

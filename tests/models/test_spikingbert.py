@@ -13,7 +13,8 @@ from snlp_zoo.models.modeling_spikingbert import SpikingBertForSequenceClassific
 from snlp_zoo.registry import build, load
 
 VARIANTS = pytest.mark.parametrize(
-    "options", [{}, {"leak": 0.9}, {"feedback": True}, {"attention": "linear"}, {"feedback": True, "leak": 0.9}]
+    "options",
+    [{}, {"leak": 0.9}, {"feedback": True}, {"attention": "linear"}, {"feedback": True, "leak": 0.9, "v_init": 0.5}],
 )
 
 
@@ -259,8 +260,9 @@ def test_dropout_is_the_same_network_in_both_passes():
     ("options", "message"),
     [
         ({"t_conv": 0}, "time_steps must be between 1 and"),
-        ({"leak": 0.0}, r"leak in \(0, 1\]; got 0.5 and 0.0"),
-        ({"leak": 1.5}, r"leak in \(0, 1\]; got 0.5 and 1.5"),
+        ({"leak": 0.0}, r"leak in \(0, 1\] and v_init in \[0, 1\); got 0.5, 0.0 and 0.0"),
+        ({"leak": 1.5}, r"got 0.5, 1.5 and 0.0"),
+        ({"v_init": 1.0}, r"got 0.5, 1.0 and 1.0"),
         ({"v_threshold": 0}, "v_threshold must be positive"),
         ({"attention": "hard"}, "attention must be one of softmax, linear, got 'hard'"),
         ({"max_iter": 0}, "max_iter must be between 1 and 10000"),

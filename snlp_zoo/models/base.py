@@ -71,7 +71,17 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
     config: SpikingConfig
     supports_gradient_checkpointing = True
-    teacher_names: ClassVar[dict[str, str]] = {}  # our module path -> the teacher's, "{}" stands for the layer number
+    # our module path -> the teacher's, "{}" stands for the layer number; a family whose layers differ has its own
+    teacher_names: ClassVar[dict[str, str]] = {
+        "layers.{}.attention.query": "encoder.layer.{}.attention.self.query",
+        "layers.{}.attention.key": "encoder.layer.{}.attention.self.key",
+        "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
+        "layers.{}.attention.output": "encoder.layer.{}.attention.output.dense",
+        "layers.{}.attention.norm": "encoder.layer.{}.attention.output.LayerNorm",
+        "layers.{}.mlp.up": "encoder.layer.{}.intermediate.dense",
+        "layers.{}.mlp.down": "encoder.layer.{}.output.dense",
+        "layers.{}.mlp.norm": "encoder.layer.{}.output.LayerNorm",
+    }
     transfer_report: TransferReport | None = None
 
     @classmethod

@@ -8,7 +8,7 @@ negative spike resets the membrane like a positive one. `reset="reference", alph
 Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,16 +118,6 @@ class SpikeLMPreTrainedModel(SpikingPreTrainedModel):
     config: SpikeLMConfig
     base_model_prefix = "spikelm"
     _no_split_modules = ["SpikeLMBlock"]  # noqa: RUF012  (an instance variable in transformers)
-    teacher_names: ClassVar[dict[str, str]] = {
-        "layers.{}.attention.query": "encoder.layer.{}.attention.self.query",
-        "layers.{}.attention.key": "encoder.layer.{}.attention.self.key",
-        "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
-        "layers.{}.attention.output": "encoder.layer.{}.attention.output.dense",
-        "layers.{}.attention.norm": "encoder.layer.{}.attention.output.LayerNorm",
-        "layers.{}.mlp.up": "encoder.layer.{}.intermediate.dense",
-        "layers.{}.mlp.down": "encoder.layer.{}.output.dense",
-        "layers.{}.mlp.norm": "encoder.layer.{}.output.LayerNorm",
-    }
 
 
 class SpikeLMModel(SpikeLMPreTrainedModel, SpikingEncoder):

@@ -11,7 +11,7 @@ Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py; [T, B, N, D] in the
 """
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,16 +139,6 @@ class SpikingBertPreTrainedModel(SpikingPreTrainedModel):
     config: SpikingBertConfig
     base_model_prefix = "spikingbert"
     _no_split_modules = ["SpikingBertBlock"]  # noqa: RUF012  (an instance variable in transformers)
-    teacher_names: ClassVar[dict[str, str]] = {
-        "layers.{}.attention.query": "encoder.layer.{}.attention.self.query",
-        "layers.{}.attention.key": "encoder.layer.{}.attention.self.key",
-        "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
-        "layers.{}.attention.output": "encoder.layer.{}.attention.output.dense",
-        "layers.{}.attention.norm": "encoder.layer.{}.attention.output.LayerNorm",
-        "layers.{}.mlp.up": "encoder.layer.{}.intermediate.dense",
-        "layers.{}.mlp.down": "encoder.layer.{}.output.dense",
-        "layers.{}.mlp.norm": "encoder.layer.{}.output.LayerNorm",
-    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from snlp_zoo.errors import ConvergenceError, RecipeError
+from snlp_zoo.layers import pack
 from snlp_zoo.layers.equilibrium import AverageRate, Settling, Spikes
 from snlp_zoo.models import modeling_spikingbert
 from snlp_zoo.models.configuration_spikingbert import SpikingBertConfig
@@ -282,3 +283,15 @@ def test_saved_and_loaded_with_every_option(tmp_path):
     with torch.no_grad():
         batch = make_batch()
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("bits", [1.58, 1])
+def test_packed_weights_give_the_same_spikes(bits, tmp_path):
+    model, batch = make(weight_bits=bits, time_steps=16), make_batch()
+    with torch.no_grad():
+        expected, size = model(**batch, output_hidden_states=True), 4 * model.num_parameters()
+        pack(model).save_pretrained(tmp_path)
+        got = load(tmp_path)(**batch, output_hidden_states=True)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.hidden_states, expected.hidden_states, rtol=0, atol=1e-5)
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.6 * size

@@ -19,7 +19,7 @@ def layer_pairs(student_layers: int, teacher_layers: int) -> list[tuple[int, int
 
 
 class Projection(nn.Module):
-    """Maps a student's hidden states to the teacher's width, one linear layer per state; training only, never saved.
+    """Maps a student's hidden states to the teacher's width, one linear layer per state; for training only.
 
     Args:
         states: number of hidden states, L + 1.
@@ -40,7 +40,7 @@ class Projection(nn.Module):
 
 
 class SharedProjection(nn.Module):
-    """One affine map from every hidden state of a student to the teacher's width; training only, saved beside it.
+    """One affine map from every hidden state of a student to the teacher's width; for training only.
 
     It is there for equal widths too, where it starts as the identity: firing rates cannot be negative, a teacher's
     states are, and only the map's bias bridges that.

@@ -187,10 +187,11 @@ class SpikingEncoder(SpikingPreTrainedModel):
 
     def pool(self, x: Tensor, mask: Tensor) -> Tensor | None:
         """x [B, N, D] -> [B, D], from each text's first real token, wherever its padding is."""
-        if self.pooler is None:
-            return None
-        first = x[torch.arange(len(x), device=x.device), mask.argmax(1)]
-        return self.pooler(first.unsqueeze(1))
+        return None if self.pooler is None else self.pooler(self.first_token(x, mask).unsqueeze(1))
+
+    def first_token(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, N, D] -> [B, D]."""
+        return x[torch.arange(len(x), device=x.device), mask.argmax(1)]
 
     def wanted(self, attentions: bool | None, hidden_states: bool | None, spike_rates: bool | None) -> list[bool]:
         """Which optional outputs to return: the argument, or the configuration where it is None."""

@@ -166,8 +166,8 @@ class SpikingBertModel(SpikingBertPreTrainedModel, SpikingEncoder):
         self.post_init()
 
     def pool(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, N, D] -> [B, D], each text's first real token, wherever its padding is."""
-        return x[torch.arange(len(x), device=x.device), mask.argmax(1)]
+        """x [B, N, D] -> [B, D], each text's first real token as it is."""
+        return self.first_token(x, mask)
 
     @can_return_tuple
     def forward(

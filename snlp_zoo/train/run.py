@@ -42,8 +42,8 @@ def distill(
     Args:
         entry_or_recipe: a zoo entry with a recipe, or the path of a recipe file.
         output_dir: the run folder, runs/<name> by default. It gets recipe.yaml, metrics.jsonl, summary.json, model/
-            (the best student and its tokenizer) and checkpoints/; each stage of a recipe with stages gets such a folder
-            inside, <number>_<name>, and the last one's model and scores are the run's own.
+            (the best student, its tokenizer and projection) and checkpoints/; each stage of a recipe with stages gets
+            such a folder inside, <number>_<name>, and the last one's model and scores are the run's own.
         overrides: "a.b=value" strings.
         resume: continue the run in the folder from its last checkpoint, with the recipe kept there; finished stages
             are not done again.

@@ -218,3 +218,29 @@ def python(environment, tmp_path):
         return subprocess.run([sys.executable, *arguments], **options | more)
 
     return run
+
+
+class Stop(Exception):
+    """The process dies here."""
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Function: raise instead of doing optimiser step `number` (from 1, over teacher, student and all stages)."""
+    from snlp_zoo.train.loop import Trainer
+
+    real = Trainer._step
+
+    def stop(number):
+        done = iter(range(1, 10_000))
+
+        def step(self, window):
+            if next(done) == number:
+                raise Stop
+            return real(self, window)
+
+        monkeypatch.setattr(Trainer, "_step", step)
+
+    stop.error = Stop
+    yield stop
+    monkeypatch.setattr(Trainer, "_step", real)

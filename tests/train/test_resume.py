@@ -21,29 +21,6 @@ CHANGES = {
 }
 
 
-class Stop(Exception):
-    """The process dies here."""
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Function: raise instead of doing optimiser step `number` (from 1, over teacher and student)."""
-    real = Trainer._step
-
-    def stop(number):
-        done = iter(range(1, 10_000))
-
-        def step(self, window):
-            if next(done) == number:
-                raise Stop
-            return real(self, window)
-
-        monkeypatch.setattr(Trainer, "_step", step)
-
-    yield stop
-    monkeypatch.setattr(Trainer, "_step", real)
-
-
 @pytest.fixture
 def go_on(monkeypatch, run):
     """Function: resume after a stop, as a new process would, with other random numbers drawn before."""
@@ -98,7 +75,7 @@ def test_dropout_matters(unbroken, run, losses):
 )
 def test_resume_after_a_stop(unbroken, run, stop_at, go_on, tmp_path, step):
     stop_at(step)
-    with pytest.raises(Stop):
+    with pytest.raises(stop_at.error):
         run(into=tmp_path / "run", **CHANGES)
     summary = go_on(tmp_path / "run", **CHANGES)
     assert_same_run(tmp_path / "run", unbroken[0])
@@ -107,18 +84,18 @@ def test_resume_after_a_stop(unbroken, run, stop_at, go_on, tmp_path, step):
 
 def test_stopped_twice_the_first_time_in_the_middle_of_a_log_line(unbroken, run, stop_at, go_on, tmp_path):
     stop_at(5)
-    with pytest.raises(Stop):
+    with pytest.raises(stop_at.error):
         run(into=tmp_path / "run", **CHANGES)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     stop_at(6)  # at step 9
-    with pytest.raises(Stop):
+    with pytest.raises(stop_at.error):
         run(into=tmp_path / "run", resume=True, **CHANGES)
     go_on(tmp_path / "run", **CHANGES)
     assert_same_run(tmp_path / "run", unbroken[0])
 
 
-def test_stopped_while_a_checkpoint_is_written(unbroken, run, go_on, tmp_path, monkeypatch):
+def test_stopped_while_a_checkpoint_is_written(unbroken, run, stop_at, go_on, tmp_path, monkeypatch):
     from accelerate import Accelerator
 
     real, calls = Accelerator.save_state, []
@@ -127,11 +104,11 @@ def test_stopped_while_a_checkpoint_is_written(unbroken, run, go_on, tmp_path, m
         calls.append(folder)
         real(self, folder, **more)
         if len(calls) == 2:
-            raise Stop
+            raise stop_at.error
 
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", save_state)
-        with pytest.raises(Stop):
+        with pytest.raises(stop_at.error):
             run(into=tmp_path / "run", **CHANGES)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == [".step_0000006.new", "step_0000003"]
@@ -157,7 +134,7 @@ def test_stopped_while_the_teacher_is_tuned(run, stop_at, go_on, tmp_path, monke
     whole, _ = run(**changes)
     monkeypatch.setenv("SNLP_ZOO_CACHE", str(tmp_path / "cache-stopped"))
     stop_at(step)
-    with pytest.raises(Stop):
+    with pytest.raises(stop_at.error):
         run(into=tmp_path / "stopped", **changes)
     go_on(tmp_path / "stopped", **changes)
     for name in ("teacher/metrics.jsonl", "teacher/model/model.safetensors", "metrics.jsonl"):
@@ -189,7 +166,7 @@ def test_resume_with_the_same_values_goes_on(run, stop_at, make_recipe, tmp_path
     path, overrides = str(make_recipe(**CHANGES)), ["train.max_steps=4"]
     real = Trainer._step
     stop_at(4)
-    with pytest.raises(Stop):
+    with pytest.raises(stop_at.error):
         distill(path, output_dir=tmp_path / "run", overrides=overrides)
     monkeypatch.setattr(Trainer, "_step", real)
     distill(path, output_dir=tmp_path / "run", overrides=overrides, resume=True)
@@ -199,7 +176,7 @@ def test_resume_with_the_same_values_goes_on(run, stop_at, make_recipe, tmp_path
 def test_resume_without_the_overrides_keeps_them(run, stop_at, make_recipe, tmp_path, monkeypatch, metrics):
     path, real = str(make_recipe(**CHANGES)), Trainer._step
     stop_at(4)
-    with pytest.raises(Stop):
+    with pytest.raises(stop_at.error):
         distill(path, output_dir=tmp_path / "run", overrides=["train.max_steps=5"])
     monkeypatch.setattr(Trainer, "_step", real)
     distill(path, output_dir=tmp_path / "run", resume=True)

@@ -23,10 +23,6 @@ STAGES = [
 FOLDERS = ["1_general", "2_task", "3_prediction"]
 
 
-class Stop(Exception):
-    """The process dies here."""
-
-
 @pytest.fixture(scope="module")
 def content(recipe_content, data_folder, tmp_path_factory):
     """Steps: 7 on 112 unlabelled texts, 6 on the task, 4 to predict."""
@@ -161,25 +157,6 @@ def test_a_stage_may_say_where_it_starts(staged, content):
 # ---- resume ----
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Function: raise instead of doing optimiser step `number`, over all stages and the teacher."""
-    real = Trainer._step
-
-    def stop(number):
-        done = iter(range(1, 10_000))
-
-        def step(self, window):
-            if next(done) == number:
-                raise Stop
-            return real(self, window)
-
-        monkeypatch.setattr(Trainer, "_step", step)
-
-    yield stop
-    monkeypatch.setattr(Trainer, "_step", real)
-
-
 @pytest.mark.parametrize(
     ("step", "done"),
     [
@@ -193,7 +170,7 @@ def stop_at(monkeypatch):
 def test_resume_goes_on_in_the_right_stage(finished, staged, stop_at, monkeypatch, tmp_path, step, done):
     real, folder = Trainer._step, tmp_path / "run"
     stop_at(step)
-    with pytest.raises(Stop):
+    with pytest.raises(stop_at.error):
         staged()
     monkeypatch.setattr(Trainer, "_step", real)
     stamps = [(folder / stage / "summary.json").stat().st_mtime_ns for stage in FOLDERS[:done]]
@@ -219,7 +196,7 @@ def test_resuming_a_finished_run_does_nothing(finished, staged, stop_at, tmp_pat
 def test_a_fresh_start_in_an_old_folder_does_every_stage_again(finished, staged, stop_at, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     stop_at(8)
-    with pytest.raises(Stop):
+    with pytest.raises(stop_at.error):
         staged()
     assert [(folder / stage / "summary.json").exists() for stage in FOLDERS] == [True, False, False]
     assert not (folder / "3_prediction" / "checkpoints").exists()

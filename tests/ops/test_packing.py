@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -37,11 +39,18 @@ def test_a_spike_takes_one_or_two_bits(bits):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_first_spikes_lie_in_the_lowest_bits(backend):
     spikes = torch.zeros(1, 1024)
-    spikes[0, 0], spikes[0, 256], spikes[0, 768 + 255] = 1, -1, 1
+    spikes[0, 0], spikes[0, 256], spikes[0, 512], spikes[0, 768 + 255] = 1, -1, math.nan, 1
     codes = pack(spikes, 2, backend)[0]
-    assert codes[0] == 0b00_00_11_01
+    assert codes[0] == 0b00_10_11_01
     assert codes[255] == 0b01_00_00_00
     assert codes[1:255].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_survives(backend):
+    spikes = torch.tensor([[1.0, math.nan, -1.0, 0.0]])
+    restored = unpack(pack(spikes, 2, backend), torch.ones(1), 2, spikes.shape, backend)
+    torch.testing.assert_close(restored, spikes, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

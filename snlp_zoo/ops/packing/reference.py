@@ -16,11 +16,12 @@ def pack_reference(spikes: Tensor, bits: int) -> Tensor:
     """Signs of spikes [T, ...] as uint8 [T, bytes].
 
     Byte j of a block holds the block's spikes j, j + LANES, j + 2 LANES, ..., the first in the lowest bits.
-    A code is the sign in two's complement: 0, 1 for a positive and 3 for a negative spike. NaN is not kept: a product
-    with it was NaN, and so is every gradient.
+    A code is the sign in two's complement: 0, 1 for a positive and 3 for a negative spike. Two bits keep NaN too, as 2.
     """
     flat, rows = spikes.flatten(1), 8 // bits
     codes = flat.sign().to(torch.int8).view(torch.uint8) & (2**bits - 1)
+    if bits == 2:
+        codes.masked_fill_(flat.isnan(), 2)
     count = packed_bytes(flat.shape[1], bits)
     codes = torch.nn.functional.pad(codes, (0, count * rows - flat.shape[1])).view(len(flat), -1, rows, LANES)
     packed = codes[:, :, 0].clone()
@@ -35,5 +36,7 @@ def unpack_reference(codes: Tensor, amplitude: Tensor, bits: int, shape: torch.S
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(rows, 1)
     split = (codes.view(steps, -1, 1, LANES) >> shifts) & mask
     split = split.reshape(steps, -1)[:, : shape[1:].numel()]
-    signs = split if bits == 1 else ((split & 1) - (split & 2)).view(torch.int8)
-    return (signs * amplitude.view(steps, 1)).view(shape)
+    if bits == 1:
+        return (split * amplitude.view(steps, 1)).view(shape)
+    signs = ((split & 1) - (split & 2)).view(torch.int8)
+    return (signs * amplitude.view(steps, 1)).masked_fill_(split == 2, float("nan")).view(shape)

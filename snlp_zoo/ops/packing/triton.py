@@ -14,6 +14,8 @@ def _pack(s_ptr, codes_ptr, size, s_stride, BITS: tl.constexpr, LANES: tl.conste
     element = block * (8 // BITS * LANES) + row * LANES + lane[None, :]
     s = tl.load(s_ptr + t * s_stride + element, mask=element < size, other=0.0).to(tl.float32)
     code = (s > 0).to(tl.int32) | (s < 0).to(tl.int32) * (2 * BITS - 1)
+    if BITS == 2:
+        code |= (s != s).to(tl.int32) << 1  # NaN
     packed = tl.sum(code << (BITS * row), 0).to(tl.uint8)
     tl.store(codes_ptr + (t * tl.num_programs(0) + block) * LANES + lane, packed)
 
@@ -27,6 +29,8 @@ def _unpack(codes_ptr, amplitude_ptr, s_ptr, size, BITS: tl.constexpr, LANES: tl
     code = (codes[None, :] >> (BITS * row)) & (2 * BITS - 1)
     amplitude = tl.load(amplitude_ptr + t).to(tl.float32)
     s = tl.where(code == 0, 0.0, tl.where(code == 1, amplitude, -amplitude))
+    if BITS == 2:
+        s = tl.where(code == 2, float("nan"), s)
     tl.store(s_ptr + t * size + element, s.to(s_ptr.dtype.element_ty), mask=element < size)
 
 

@@ -260,10 +260,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         CheckpointError: missing or damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # json, tokenizers and transformers each raise their own
         message = " ".join(str(error).split())[:300]
         raise CheckpointError(f"cannot load the tokenizer in {folder}: {message}") from error
+    if knows_no_words(tokenizer):
+        raise CheckpointError(f"cannot load the tokenizer in {folder}: its files are missing")
+    return tokenizer
+
+
+def knows_no_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there are special tokens only: what transformers makes, silently, of a folder without tokenizer files."""
+    return len(tokenizer) <= len(tokenizer.all_special_ids)
 
 
 def find_checkpoint(path_or_entry: str | Path) -> Path:

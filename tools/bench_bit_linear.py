@@ -28,6 +28,7 @@ from torch.nn.functional import linear
 import snlp_zoo
 from snlp_zoo.layers import SpikingLinear, pack
 from snlp_zoo.ops.bit_linear import bit_linear, kernel, pack_weight, quantise, sign_dtype
+from snlp_zoo.ops.spike_linear import spike_linear
 
 SHAPES = [(16384, 768, 3072), (16384, 3072, 768), (16384, 768, 768), (512, 384, 1536)]  # M, K, N
 SMALL = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
@@ -111,6 +112,18 @@ def time_linear(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str,
         return result | ({"product": graph_time(alone, repeats)} if alone else {})
 
 
+def time_training(rows: int, inputs: int, outputs: int, repeats: int) -> list[float]:
+    """Milliseconds of the forward in training, which packs spikes for its backward: in bfloat16, and where FP8 pays."""
+    calls: list[list[Callable[[], torch.Tensor]]] = [[], []]
+    amplitude, scale = torch.ones(4, device="cuda"), torch.ones((), device="cuda")
+    for _ in range(max(2, ROTATED // (2 * rows * (inputs + outputs)) + 1)):
+        spikes = draw_spikes(rows, inputs, torch.bfloat16).requires_grad_()
+        weight = quantise(torch.randn(outputs, inputs, device="cuda"), 1.58)[0].bfloat16().requires_grad_()
+        for into, given in zip(calls, (None, scale), strict=True):
+            into.append(lambda x=spikes, w=weight, s=given: spike_linear(x, amplitude, w, None, 2, s))
+    return [graph_time(some, repeats) for some in calls]
+
+
 def base_models() -> dict[str, torch.nn.Module]:
     """SpikeLM-base in bfloat16: with dequantised weights, and packed."""
     torch.manual_seed(0)
@@ -155,13 +168,15 @@ def on_gpu(repeats: int) -> bool:
         print(f"forward, {mode}: bf16 {ms['bf16']:.2f} ms, packed {ms['packed']:.2f} ms, {forwards[mode]:.2f}x")
     del models
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; milliseconds")
-    print(f"{'M x K x N':>20} {'bf16':>8} {'packed':>8} {'ratio':>6} {'product alone':>14}")
+    print(f"{'M x K x N':>20} {'bf16':>8} {'packed':>8} {'ratio':>6} {'product':>8} {'training':>16} {'ratio':>6}")
     ratios = []
     for shape in SHAPES:
         ms = time_linear(*shape, repeats)
         ratios.append(ms["bf16"] / ms["packed"])
         name, alone = " x ".join(map(str, shape)), ms.get("product", float("nan"))
-        print(f"{name:>20} {ms['bf16']:8.4f} {ms['packed']:8.4f} {ratios[-1]:6.2f} {alone:14.4f}")
+        half, fast = time_training(*shape, repeats)
+        print(f"{name:>20} {ms['bf16']:8.4f} {ms['packed']:8.4f} {ratios[-1]:6.2f} {alone:8.4f}", end=" ")
+        print(f"{half:7.4f} {fast:8.4f} {half / fast:6.2f}")
     bars = [bar("linear against bf16, smaller of the two MLP shapes", min(ratios[:2]), 1.3)]
     bars.append(bar("exact sums", float(exact), 1.0))
     bars.append(bar("whole forward against bf16, best mode of both", max(forwards.values(), default=0.0), 1.15))

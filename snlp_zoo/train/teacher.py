@@ -22,6 +22,7 @@ from transformers import (
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.matching import score_projections
 from snlp_zoo.errors import RecipeError
+from snlp_zoo.registry import knows_no_words
 from snlp_zoo.train.files import replace_folder
 from snlp_zoo.train.job import Data, Job
 from snlp_zoo.train.loop import Trainer
@@ -69,8 +70,15 @@ def _from_pretrained(auto: Any, part: TeacherPart, **options: Any) -> Any:
 
 
 def load_tokenizer(part: TeacherPart) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer; student and teacher read the same ids."""
-    return _from_pretrained(AutoTokenizer, part)
+    """The teacher's tokenizer; student and teacher read the same ids.
+
+    Raises:
+        RecipeError: it cannot be loaded, or knows no words: transformers makes an empty one where files are missing.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, part)
+    if knows_no_words(tokenizer):
+        raise RecipeError(f"teacher {part.name!r} has no tokenizer beside its weights; put its files there")
+    return tokenizer
 
 
 def check_attention_scores(part: TeacherPart) -> None:

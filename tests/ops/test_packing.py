@@ -6,6 +6,7 @@ from torch.nn.functional import linear
 
 from snlp_zoo.errors import BackendError
 from snlp_zoo.ops.backend import INTERPRETED
+from snlp_zoo.ops.bit_linear import sign_dtype
 from snlp_zoo.ops.packing import pack, unpack
 from snlp_zoo.ops.spike_linear import spike_linear
 
@@ -110,3 +111,34 @@ def test_spike_linear_under_autocast():
     expected, got = (torch.autograd.grad(o.float().sum(), [spikes, weight, bias]) for o in outputs)
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
     assert [g.dtype for g in got] == [torch.float32] * 3
+
+
+def check_float8_product(device, dtype, rows, inputs, outputs):
+    spikes, amplitude = draw((4, rows // 4, inputs), 2).to(device, dtype).requires_grad_(), AMPLITUDE[:4].to(device)
+    scale, bias = torch.tensor(0.375, device=device), torch.randn(outputs, device=device, dtype=dtype)
+    weight = (torch.randint(-1, 2, (outputs, inputs), device=device) * scale).to(dtype).requires_grad_()
+    y = spike_linear(spikes, amplitude, weight, bias, 2, scale)
+    exact = linear(spikes.detach().double(), weight.detach().double(), bias.double())
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad(linear(spikes, weight), [spikes, weight], upstream)
+    torch.testing.assert_close(torch.autograd.grad(y, [spikes, weight], upstream), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_bit_weights_are_trained_through_a_float8_product(monkeypatch, dtype):
+    monkeypatch.setattr("snlp_zoo.ops.spike_linear.sign_dtype", lambda x, outputs: torch.float8_e4m3fn)
+    check_float8_product("cpu", dtype, 64, 16, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # first product of the backward thread
+def test_the_gpu_chooses_float8_in_training(monkeypatch, dtype):
+    chosen = []
+    monkeypatch.setattr("snlp_zoo.ops.spike_linear.sign_dtype", lambda *x: chosen.append(sign_dtype(*x)) or chosen[-1])
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs FP8")
+    check_float8_product("cuda", dtype, 16384, 768, 3072)
+    assert chosen == [torch.float8_e4m3fn]

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,12 @@ def test_an_untuned_teacher_is_taken_as_it_is(run, own_cache, make_classifier):
 def test_an_untuned_teacher_of_another_task_is_refused(run, make_classifier):
     with pytest.raises(RecipeError, match="3 classes, the data 2"):
         run(teacher={"name": str(make_classifier(3)), "tune": "none"})
+
+
+def test_a_teacher_without_a_tokenizer_is_refused(run, teacher_folder, tmp_path):
+    shutil.copytree(teacher_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "vocab*"))
+    with pytest.raises(RecipeError, match="bare' has no tokenizer beside its weights"):
+        run(teacher={"name": str(tmp_path / "bare")})
 
 
 @pytest.mark.parametrize("name", ["./no-such-folder", "nobody/no-such-model"])

@@ -68,9 +68,13 @@ def _cuda(x, codes, amplitude, scale, bias, bits, dtype, backend) -> Tensor:
     if amplitude is None:
         weight = _unpack_cuda(codes, scale, bits, x, backend)
         return linear(x, weight, None if bias is None else bias.to(x.dtype)).to(dtype)
-    weight = _unpack_cuda(codes, None, bits, x, backend)
+    return sign_product(x, _unpack_cuda(codes, None, bits, x, backend), amplitude, scale, bias, dtype, backend)
+
+
+def sign_product(x, weight, amplitude, scale, bias, dtype, backend) -> Tensor:
+    """amplitude[t] * scale * (weight x) + bias on CUDA for signs x [M, in_features] and weight, both FP8 or float."""
     if x.dtype == FLOAT8 and dtype == torch.bfloat16:  # amplitude, scale and bias inside the product
-        rows, columns = _scales(amplitude, scale, len(x), len(codes), backend)
+        rows, columns = _scales(amplitude, scale, len(x), len(weight), backend)
         bias = None if bias is None else bias.to(dtype)
         return torch._scaled_mm(x, weight.mT, rows, columns, bias, out_dtype=dtype, use_fast_accum=True)
     if x.dtype == FLOAT8:

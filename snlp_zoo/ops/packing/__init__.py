@@ -24,8 +24,16 @@ def pack(spikes: Tensor, bits: int, backend: str = "auto") -> Tensor:
     return kernel.pack(spikes, bits)
 
 
-def unpack(codes: Tensor, amplitude: Tensor, bits: int, shape: torch.Size, backend: str = "auto") -> Tensor:
-    """`pack` undone: spikes of `shape` [T, ...] with the amplitude of their step, [T], in that one's dtype."""
+def unpack(
+    codes: Tensor,
+    amplitude: Tensor,
+    bits: int,
+    shape: torch.Size,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`pack` undone: spikes of `shape` [T, ...] with their step's amplitude, [T], in its dtype or `dtype`."""
+    dtype = dtype or amplitude.dtype
     if resolve(backend, amplitude, op="packing") == "torch":
-        return unpack_reference(codes, amplitude, bits, shape)
-    return kernel.unpack(codes, amplitude, bits, shape)
+        return unpack_reference(codes, amplitude, bits, shape).to(dtype)
+    return kernel.unpack(codes, amplitude, bits, shape, dtype)

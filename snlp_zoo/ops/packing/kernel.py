@@ -26,15 +26,15 @@ def _allocate(spikes, bits) -> Tensor:
 
 
 @torch.library.custom_op("snlp_zoo::unpack", mutates_args=())
-def unpack(codes: Tensor, amplitude: Tensor, bits: int, shape: list[int]) -> Tensor:
+def unpack(codes: Tensor, amplitude: Tensor, bits: int, shape: list[int], dtype: torch.dtype) -> Tensor:
     from snlp_zoo.ops.packing import triton
 
-    spikes = _allocate_spikes(codes, amplitude, bits, shape)
+    spikes = _allocate_spikes(codes, amplitude, bits, shape, dtype)
     if spikes.numel():
         triton.unpack(codes, amplitude.contiguous(), spikes, bits)
     return spikes
 
 
 @unpack.register_fake
-def _allocate_spikes(codes, amplitude, bits, shape) -> Tensor:
-    return amplitude.new_empty(shape)
+def _allocate_spikes(codes, amplitude, bits, shape, dtype) -> Tensor:
+    return amplitude.new_empty(shape, dtype=dtype)

@@ -173,8 +173,9 @@ def test_runs_on_the_device_of_its_tensors(backend, op):
     assert torch.cuda.current_device() == 0
 
 
-def test_model_equals_cpu():
-    model = snlp_zoo.build("spikelm_tiny").double()
+@pytest.mark.parametrize("entry", ["spikelm_tiny", "spikingbert_tiny"])
+def test_model_equals_cpu(entry):
+    model = snlp_zoo.build(entry).double()
     ids = torch.randint(1, 120, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, 7:] = 0

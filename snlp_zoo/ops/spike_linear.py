@@ -18,12 +18,10 @@ class _SpikeLinear(torch.autograd.Function):
         pays = scale is not None and len(weight) >= _FLOAT8_FAN * spikes.shape[-1]
         float8 = pays and sign_dtype(spikes, len(weight)) == FLOAT8
         # what no gradient asks for is not kept
-        codes = pack(spikes, bits) if ctx.needs_input_grad[2] or float8 else None
-        ctx.save_for_backward(
-            codes if ctx.needs_input_grad[2] else None, amplitude, weight if ctx.needs_input_grad[0] else None
-        )
+        codes = pack(spikes, bits) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(codes, amplitude, weight if ctx.needs_input_grad[0] else None)
         ctx.shape, ctx.bits = spikes.shape, bits
-        if not float8:
+        if codes is None or not float8:
             return linear(spikes, weight, bias)
         # bytes are read and written in place of spikes: cheaper than to convert these
         signs = unpack(codes, torch.ones_like(amplitude), bits, spikes.shape, dtype=FLOAT8).flatten(0, -2)

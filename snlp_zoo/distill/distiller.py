@@ -55,10 +55,13 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The objectives' losses on this batch, unweighted, float32 [objectives]."""
-        return self.losses_and_rate(batch)[0]
+        return self._losses_and_rate(batch)[0]
 
     def losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Any]:
         """`forward`, and the student's firing rate if `output_spike_rates=True` is among what is asked of it."""
+        return self._losses_and_rate(batch, **more)
+
+    def _losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Any]:
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
         student = self.student(**inputs, **self.wanted, **more)
         if student.hidden_states is not None:

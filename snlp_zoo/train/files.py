@@ -1,6 +1,7 @@
 """Writing folders so that a crash or a full disk never costs what was there before."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,14 +26,27 @@ def replace_folder(target: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         write(aside)
+        flush(aside)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         aside.rename(target)
+        flush(target.parent, files=False)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         recover_folder(target)
         raise CheckpointError(f"cannot write {target}: {error}; what was there before is unchanged") from error
+
+
+def flush(path: Path, files: bool = True) -> None:
+    """Have the disk hold a file, or a folder and all files in it, before anything relies on them after a power cut."""
+    inside = path.rglob("*") if files and path.is_dir() else ()
+    for part in (*inside, path):
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def recover_folder(target: Path) -> None:
@@ -58,6 +72,7 @@ def replace_file(target: Path, text: str) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")
+        flush(aside)
         aside.replace(target)
     except OSError as error:
         with suppress(OSError):

@@ -6,11 +6,10 @@ Everything that decides the next step lies in the checkpoint, so a resumed run c
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,30 +17,52 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device, set_seed, tqdm
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    gather_object,
+    send_to_device,
+    set_seed,
+    tqdm,
+)
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler
 
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.errors import CheckpointError, DataError
-from snlp_zoo.train.files import recover_folder, replace_folder
+from snlp_zoo.train.checkpoints import Checkpoints
+from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
 from snlp_zoo.train.metrics import score
 from snlp_zoo.train.recipe import TrainPart
 
+Weights = dict[str, Tensor]
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
     """The accelerator of a run."""
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    return Accelerator(
-        # an objective on hidden states alone leaves the head and some projections without gradients
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    shared = PartialState._shared_state
+    if shared.get("distributed_type") == DistributedType.FSDP:  # written there by that run, read as unknown by this one
+        shared["distributed_type"] = DistributedType.MULTI_GPU
+    accelerator = Accelerator(
+        kwargs_handlers=[
+            # an objective on hidden states alone leaves the head and some projections without gradients
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+        ],
         mixed_precision=mixed_precision,
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.is_fsdp2:  # autocast, as everywhere else: losses and norms stay in float32
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    return accelerator
 
 
 @dataclass
@@ -72,8 +93,9 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
     fired: list[tuple[float, int]] = []  # firing rate and tokens of a batch
     for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
         batch = _own_rows(accelerator, whole)
+        inputs = _never_empty(batch, whole)
+        output = model(**{k: inputs[k] for k in _INPUTS if k in inputs}, **spikes)
         if len(batch["index"]):
-            output = model(**{k: batch[k] for k in _INPUTS if k in batch}, **spikes)
             columns = (batch["index"].tolist(), output.logits.float().cpu().numpy(), batch["labels"].cpu().numpy())
             rows += zip(*columns, strict=True)
             if spikes:
@@ -102,8 +124,8 @@ def evaluate_losses(
     sums: list[tuple[Tensor, Tensor, float, int]] = []  # losses times units, units, firing rate times tokens, tokens
     for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
         batch = _own_rows(accelerator, whole)
+        losses, rate = distiller.losses_and_rate(_never_empty(batch, whole), output_spike_rates=True)
         if len(batch["index"]):
-            losses, rate = distiller.losses_and_rate(batch, output_spike_rates=True)
             units, tokens = distiller.counts(batch).double(), int(batch["attention_mask"].sum())
             sums.append(((losses.double() * units).cpu(), units.cpu(), float(rate) * tokens, tokens))
     distiller.train(was_training)
@@ -121,6 +143,14 @@ def _own_rows(accelerator: Accelerator, batch: dict[str, Tensor]) -> dict[str, T
     return send_to_device({key: value[own] for key, value in batch.items()}, accelerator.device)
 
 
+def _never_empty(batch: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A process without rows takes part with one that is all padding: the others wait for its sums and its shards."""
+    if len(batch["index"]):
+        return batch
+    stand_in = {key: whole[key][:1].to(value.device) for key, value in batch.items()}
+    return stand_in | {"attention_mask": torch.zeros_like(stand_in["attention_mask"])}
+
+
 class Trainer:
     """Trains a `Distiller`; see the module's first lines.
 
@@ -128,7 +158,7 @@ class Trainer:
         loaders: global batches for training and validation; every process takes its rows of each.
         weights: objective name -> weight, in the distiller's order.
         folder: `metrics.jsonl`, `checkpoints/` and the best `model/` go here (rank 0 writes).
-        save_model: writes the student and what belongs to it into a folder.
+        save_model: writes the student into a folder, from its weights and those of its projection.
     """
 
     def __init__(
@@ -139,7 +169,7 @@ class Trainer:
         settings: TrainPart,
         weights: dict[str, float],
         folder: Path,
-        save_model: Callable[[Path], None],
+        save_model: Callable[[Path, Weights, Weights], None],
     ) -> None:
         self.accelerator, self.settings, self.folder, self.save_model = accelerator, settings, folder, save_model
         self.names, self.progress = list(weights), Progress()
@@ -149,9 +179,15 @@ class Trainer:
             _parameter_groups(distiller, settings), lr=settings.learning_rate, eps=settings.adam_epsilon, fused=True
         )
         accelerator.free_memory()
+        if accelerator.is_fsdp2:
+            _shard_by_layer(accelerator, distiller)
         self.module, self.optimizer = accelerator.prepare(distiller, optimizer)
+        if isinstance(self.module, DistributedDataParallel):
+            self.module.broadcast_buffers = False  # amplitudes are averaged by the neurons, once for all
         self.loader, self.eval_loader = loaders
         self.distiller: Distiller = accelerator.unwrap_model(self.module)
+        register_fsdp_forward_method(self.distiller, "losses_and_rate")  # does nothing without FSDP2
+        self.checkpoints = Checkpoints(accelerator, self.module, folder / "checkpoints", settings)
         self.weights = torch.tensor(list(weights.values()), device=accelerator.device)
         per_epoch = -(-len(self.loader) // settings.gradient_accumulation_steps)
         planned = per_epoch * settings.epochs
@@ -194,7 +230,8 @@ class Trainer:
             # a mean of unequal ranks' means is not the mean: each micro-batch counts by its share of the whole
             share = self.distiller.counts(batch) / totals.clamp_min(1)
             with _no_sync(self.accelerator, self.module, i < len(window) - 1):
-                losses = self.module(batch) * share
+                with self.accelerator.autocast():  # FSDP2 alone does not have it already
+                    losses = self.module(_never_empty(batch, whole)) * share
                 # gradients are averaged over ranks, the shares already add up to one
                 self.accelerator.backward((losses * self.weights).sum() * self.accelerator.num_processes)
             means += losses.detach()
@@ -239,7 +276,11 @@ class Trainer:
         metric = next(iter(scores.values()))
         if progress.best is None or metric > progress.best:
             progress.best, progress.best_step, progress.evaluations_since_best = metric, progress.step, 0
-            self._on_main(lambda: replace_folder(self.folder / "model", self.save_model))
+            weights = self.accelerator.get_state_dict(self.module)  # of all shards, on every rank's behalf
+            student_weights, projection = (_part(weights, name) for name in ("student.", "projection."))
+            self._on_main(
+                lambda: replace_folder(self.folder / "model", lambda f: self.save_model(f, student_weights, projection))
+            )
         else:
             progress.evaluations_since_best += 1
         patience = self.settings.early_stopping_patience
@@ -261,49 +302,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self) -> None:
-        """Every rank adds its random states to one folder, which rank 0 then moves into place."""
-        target = self.folder / "checkpoints" / f"step_{self.progress.step:07d}"
-
-        def write(folder: Path) -> None:
-            self.accelerator.save_state(str(folder))
-            state = {"progress": asdict(self.progress), "scheduler": self.scheduler.state_dict()}
-            (folder / "progress.json").write_text(json.dumps(state), encoding="utf-8")
-
-        if self.accelerator.num_processes == 1:
-            replace_folder(target, write)
-        else:
-            self._save_together(target, write)
-        if self.accelerator.is_main_process:
-            for old in _checkpoints(self.folder)[: -self.settings.keep_checkpoints]:
-                shutil.rmtree(old)
-
-    def _save_together(self, target: Path, write: Callable[[Path], None]) -> None:
-        aside = target.with_name(f".{target.name}.new")
-        self._on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
-        aside.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        self.accelerator.wait_for_everyone()
-        self._on_main(lambda: os.replace(aside, target))
+        state = {"progress": asdict(self.progress), "scheduler": self.scheduler.state_dict()}
+        self.checkpoints.save(self.progress.step, state)
 
     def _load_checkpoint(self) -> None:
-        for leftover in (self.folder / "checkpoints").glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         recover_folder(self.folder / "model")
-        if not (checkpoints := _checkpoints(self.folder)):
-            return  # killed before the first checkpoint: from the start
-        try:
-            state = json.loads((checkpoints[-1] / "progress.json").read_text(encoding="utf-8"))
-            random_states = checkpoints[-1] / f"random_states_{self.accelerator.process_index}.pkl"
-            if not (random_states.is_file() and random_states.stat().st_size):
-                raise FileNotFoundError(f"{random_states.name} is missing or empty")  # accelerate would go on without
-            self.accelerator.load_state(str(checkpoints[-1]))
+
+        def take(state: dict[str, Any]) -> None:
             self.progress = Progress(**state["progress"])
             self.scheduler.load_state_dict(state["scheduler"])
-        except Exception as error:  # json, safetensors and torch each raise their own
-            raise CheckpointError(
-                f"cannot resume from {checkpoints[-1]}: {' '.join(str(error).split())[:300]}; delete that folder to "
-                "resume from the one before, or start without --resume"
-            ) from error
+
+        self.checkpoints.load(take)
 
     def _trim_metrics(self) -> None:
         """Drop logged steps that will be done again."""
@@ -312,13 +321,23 @@ class Trainer:
             path = self.folder / "metrics.jsonl"
             rows = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
             kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= self.progress.step]
-            path.write_text("".join(kept), encoding="utf-8")
+            if kept != rows:
+                replace_file(path, "".join(kept))
 
         self._on_main(trim)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step_*"))
+def _part(weights: Weights, prefix: str) -> Weights:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _shard_by_layer(accelerator: Accelerator, distiller: Distiller) -> None:
+    """Let FSDP2 gather one layer of this student at a time, and the student by itself, to evaluate it."""
+    plugin, student = accelerator.state.fsdp_plugin, distiller.student
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    present = {type(module).__name__ for module in student.modules()}
+    layers = present.intersection(student._no_split_modules or ())
+    plugin.transformer_cls_names_to_wrap = [*sorted(layers), type(student).__name__]
 
 
 def _windows(batches: Iterator[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:

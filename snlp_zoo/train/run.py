@@ -18,7 +18,7 @@ from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
 from snlp_zoo.train.job import Job, load_data, status
-from snlp_zoo.train.loop import Progress, Trainer, evaluate, make_accelerator
+from snlp_zoo.train.loop import Progress, Trainer, Weights, evaluate, make_accelerator
 from snlp_zoo.train.metrics import bag_of_words_baseline
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
 from snlp_zoo.train.student import load_projection, make_student, save_projection, student_config
@@ -207,10 +207,10 @@ def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> Prog
 
     load_projection(distiller.projection, recipe.model.init_from)
 
-    def save_model(target: Path) -> None:
-        student.save_pretrained(target)
+    def save_model(target: Path, weights: Weights, projection: Weights) -> None:
+        student.save_pretrained(target, state_dict=weights)
         job.tokenizer.save_pretrained(target)
-        save_projection(distiller.projection, target)
+        save_projection(projection, target)
 
     loaders = job.loaders(settings, settings.batch_size * job.accelerator.num_processes)
     weights = {name: part.weight for name, part in recipe.objectives.items()}

@@ -104,9 +104,9 @@ def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
     return left
 
 
-def save_projection(projection: nn.Module, folder: Path) -> None:
+def save_projection(weights: dict[str, Tensor], folder: Path) -> None:
     """Keep what maps the student's states to the teacher's beside the student, for a run that starts from it."""
-    if state := {name: tensor.contiguous() for name, tensor in projection.state_dict().items()}:
+    if state := {name: tensor.contiguous() for name, tensor in weights.items()}:
         save_file(state, folder / PROJECTION)
 
 

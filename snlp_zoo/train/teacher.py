@@ -146,7 +146,7 @@ def _tune(job: Job) -> PreTrainedModel:
         part.train,
         {"cross_entropy": 1.0},
         folder,
-        teacher.save_pretrained,
+        lambda target, weights, _: teacher.save_pretrained(target, state_dict=weights),
     )
     trainer.run(job.resume, "tune the teacher")
     return AutoModelForSequenceClassification.from_pretrained(folder / "model", use_safetensors=True)

@@ -1,0 +1,124 @@
+"""Checkpoints of a run: all that decides its next step, in one folder that appears complete or not at all.
+
+    checkpoints/step_0000012/   weights, optimiser (sharded under FSDP2), random states per process, progress.json
+
+Every process takes part; rank 0 moves the folder into place. They hold pickles of their own making, are read from the
+run's own folder only, and are never published: the best student lies in model/, as safetensors.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import set_seed
+
+from snlp_zoo.errors import CheckpointError
+from snlp_zoo.train.files import flush
+from snlp_zoo.train.recipe import TrainPart
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Checkpoints:
+    """The checkpoints in one folder, the last `settings.keep_checkpoints` of them.
+
+    Args:
+        module: what was prepared, once.
+        folder: holds nothing else.
+    """
+
+    def __init__(self, accelerator: "Accelerator", module: nn.Module, folder: Path, settings: TrainPart) -> None:
+        self.accelerator, self.module, self.folder, self.settings = accelerator, module, folder, settings
+        if not accelerator.is_fsdp2:  # names without "module.", so that any number of processes can read them
+            accelerator.register_save_state_pre_hook(self._unwrap_saved)
+            accelerator.register_load_state_pre_hook(self._unwrap_loaded)
+
+    def _unwrap_saved(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        weights[:] = [self.accelerator.unwrap_model(model).state_dict() for model in models]
+
+    def _unwrap_loaded(self, models: list[nn.Module], folder: str) -> None:
+        models[:] = [self.accelerator.unwrap_model(model) for model in models]
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint with `state` as its progress.json; every process calls this.
+
+        Raises:
+            CheckpointError: it cannot be written; those before are untouched.
+        """
+        main, target = self.accelerator.is_main_process, self.folder / f"step_{step:07d}"
+        aside = target.with_name(f".{target.name}.new")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_space()
+            if main:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(aside))
+            if main:
+                text = json.dumps(state | {"processes": self.accelerator.num_processes})
+                (aside / "progress.json").write_text(text, encoding="utf-8")
+            self.accelerator.wait_for_everyone()
+            if main:
+                flush(aside)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(aside, target)
+                flush(self.folder, files=False)
+                for old in self.all()[: -self.settings.keep_checkpoints]:
+                    shutil.rmtree(old)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"cannot write {target}: {error}; the checkpoints before are unchanged") from error
+        self.accelerator.wait_for_everyone()
+
+    def _check_space(self) -> None:
+        weights = [*self.module.parameters(), *self.module.buffers()]
+        needed = sum(
+            w.numel() * w.element_size() * (3 if w.requires_grad else 1) for w in weights
+        )  # Adam's two moments
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise CheckpointError(
+                f"a checkpoint needs {needed:,} bytes and {self.folder} has {free:,} free; make room, or lower "
+                "train.keep_checkpoints, then go on with --resume; the checkpoints before are unchanged"
+            )
+
+    def load(self, take: Callable[[dict[str, Any]], None]) -> None:
+        """Go on from the last checkpoint, if there is one; `take` gets the state that was saved with it.
+
+        Random states belong to a process. On another number of processes all are drawn anew, from seed and step.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        if self.accelerator.is_main_process:
+            for leftover in self.folder.glob(".*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if not (found := self.all()):
+            return  # killed before the first checkpoint: from the start
+        last, rank = found[-1], self.accelerator.process_index
+        try:
+            state = json.loads((last / "progress.json").read_text(encoding="utf-8"))
+            same = state["processes"] == self.accelerator.num_processes
+            random_states = last / f"random_states_{rank if same else 0}.pkl"
+            if not (random_states.is_file() and random_states.stat().st_size):
+                raise FileNotFoundError(f"{random_states.name} is missing or empty")  # accelerate would go on without
+            self.accelerator.load_state(str(last))
+            take(state)
+            if not same:
+                set_seed(self.settings.seed + state["progress"]["step"] + rank)
+        except Exception as error:  # json, safetensors and torch each raise their own
+            raise CheckpointError(
+                f"cannot resume from {last}: {' '.join(str(error).split())[:300]}; delete that folder to "
+                "resume from the one before, or start without --resume"
+            ) from error
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(self.folder.glob("step_*"))

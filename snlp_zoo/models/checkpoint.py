@@ -20,7 +20,7 @@ from snlp_zoo.layers.quant import PACKED_BUFFERS, storage_mismatch
 
 JSON_BYTES = {"config.json": 1 << 20, "tokenizer_config.json": 8 << 20}
 OTHER_JSON_BYTES = 128 << 20  # a tokenizer of a quarter million words has 33 MB
-INDEX_BYTES = HEADER_BYTES = 16 << 20  # a hundred thousand tensors
+INDEX_BYTES = HEADER_BYTES = 4 << 20  # a model of 512 layers has twenty thousand tensors: 3 MB
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # loading converts one to another
 _OTHERS = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 # What transformers would read in place of model.safetensors, or after it, from wherever it says.

@@ -13,7 +13,7 @@ BUILTINS = {"eval", "exec", "compile", "__import__"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn"}
 SAFE_LOADERS = {"_Yaml", "SafeLoader", "yaml.SafeLoader", "yaml.CSafeLoader"}
 WEIGHTLESS = {"AutoTokenizer", "AutoConfig"}
-# Whose from_pretrained needs no use_safetensors: our classes set it themselves; of a wrapper, the callers are looked at.
+# Whose from_pretrained needs no use_safetensors: our classes set it; of a wrapper, the callers are looked at.
 OURS = {"model_class", "super()", "auto"}
 
 

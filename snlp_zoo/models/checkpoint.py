@@ -183,9 +183,7 @@ def check_weights(
         if shape != tuple(tensor.shape):
             misshapen.append(f"{name} is {list(shape)} in {file.name}, {list(tensor.shape)} in the model")
         if dtype not in (_FLOATS if tensor.is_floating_point() else {_OTHERS[tensor.dtype]}):
-            mistyped.append(
-                f"{name} is {dtype} in {file.name}, {str(tensor.dtype).removeprefix('torch.')} in the model"
-            )
+            mistyped.append(f"{name} is {dtype} in {file.name}, {tensor.dtype} in the model")
     absent = [] if allow_missing else sorted(f"{name} is in no file" for name in missing)
     if wrong := absent + ([] if allow_misshapen else misshapen):
         raise CheckpointError(

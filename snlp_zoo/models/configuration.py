@@ -113,9 +113,7 @@ class SpikingConfig(PreTrainedConfig):
         if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
             raise ValueError(f"{self.model_type}: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         if "/" in str(others.get("attn_implementation")):  # the name of a kernel to download
-            raise ValueError(
-                f"{self.model_type}: attn_implementation {others['attn_implementation']!r} is foreign code"
-            )
+            raise ValueError(f"{self.model_type}: attn_implementation must name none from elsewhere, got a path")
 
     @property
     def label_names(self) -> list[str]:

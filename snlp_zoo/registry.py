@@ -25,7 +25,7 @@ from transformers import (
 
 from snlp_zoo import models
 from snlp_zoo.errors import CheckpointError, RecipeError
-from snlp_zoo.models.checkpoint import check_tokenizer, read_json
+from snlp_zoo.models.checkpoint import architecture, check_tokenizer, read_json
 from snlp_zoo.models.configuration import SpikingConfig, make_config
 
 Task = Literal["sequence-classification", "masked-lm", "encoder"]
@@ -227,12 +227,11 @@ def load(path_or_entry: str | Path, **options: Any) -> PreTrainedModel:
     """
     folder = find_checkpoint(path_or_entry)
     content = read_json(folder / "config.json")
-    named = content.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else "?"
+    name = architecture(content)
     classes = model_classes().get(str(content.get("model_type")), {})
-    model_class = next((c for c in classes.values() if c.__name__ == architecture), None)
+    model_class = next((c for c in classes.values() if c.__name__ == name), None)
     if model_class is None:
-        raise CheckpointError(f"{folder} holds a {architecture}, not a model of this zoo")
+        raise CheckpointError(f"{folder} holds a {name}, not a model of this zoo")
     try:
         loaded = model_class.from_pretrained(folder, **options)
     except CheckpointError:

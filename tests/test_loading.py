@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 import snlp_zoo
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.models.checkpoint import HEADER_BYTES
-from snlp_zoo.registry import build, load_tokenizer
+from snlp_zoo.registry import build, load_entry, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 IDS = torch.arange(5, 13)[None]
@@ -330,6 +330,15 @@ def test_a_head_the_saved_model_did_not_have_starts_afresh_and_says_so(tmp_path,
     assert model.classifier.weight.isfinite().all()
     assert "classifier.weight" in caplog.text
     assert "cls.predictions.decoder.weight" in AutoModelForMaskedLM.from_pretrained(tmp_path).state_dict()
+
+
+def test_a_configuration_object_of_ones_own(saved):
+    model = snlp_zoo.load(saved)
+    encoder = AutoModel.from_pretrained(saved, config=type(model.config)(**load_entry("spikelm_tiny").config))
+    assert torch.equal(encoder(IDS).last_hidden_state, model.base_model(IDS).last_hidden_state)
+    other = type(model.config)(**load_entry("spikelm_tiny").config | {"hidden_size": 64})
+    with pytest.raises(CheckpointError, match=r"is \[32\] in model\.safetensors, \[64\] in the model"):
+        AutoModel.from_pretrained(saved, config=other)
 
 
 def test_a_configuration_of_another_family(saved):

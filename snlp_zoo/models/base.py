@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.layers import BitLinear, ElasticBiSpike
 from snlp_zoo.layers.quant import Int8Embedding, int8_tables
-from snlp_zoo.models.checkpoint import check_finite, check_weights, locate, stored_weights
+from snlp_zoo.models.checkpoint import architecture, check_finite, check_weights, locate, read_json, stored_weights
 from snlp_zoo.models.configuration import SpikingConfig, config_names, make_config, read_config
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
                 f"{len(held)} tensors; they must be of one model"
             )
         with torch.device("meta"):
-            saved = cls._saved_class(config)(config)
+            saved = cls._saved_class(folder)(config)
         misshapen = kwargs.get("ignore_mismatched_sizes", False)
         check_weights(folder, held, saved, allow_missing=allow_missing, allow_misshapen=misshapen)
         loaded: Any = super().from_pretrained(folder, *args, config=config, **kwargs)
@@ -142,9 +142,10 @@ class SpikingPreTrainedModel(PreTrainedModel):
         return loaded
 
     @classmethod
-    def _saved_class(cls, config: SpikingConfig) -> "type[SpikingPreTrainedModel]":
-        """The class of this family that the weights were saved from; its own where it is not one of them."""
-        name = (config.architectures or [""])[0]
+    def _saved_class(cls, folder: Path) -> "type[SpikingPreTrainedModel]":
+        """The class of this family that the weights were saved from; its own where config.json does not say one."""
+        path = folder / "config.json"
+        name = architecture(read_json(path)) if path.is_file() else "?"
         same = (c for c in _subclasses(SpikingPreTrainedModel) if c.config_class is cls.config_class)
         return next((c for c in same if c.__name__ == name), cls)
 

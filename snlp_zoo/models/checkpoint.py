@@ -82,6 +82,12 @@ def read_json(path: Path, limit: int | None = None) -> dict[str, Any]:
     return content
 
 
+def architecture(config: dict[str, Any]) -> str:
+    """The name of the class that a configuration was saved with, "?" where it says none."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else "?"
+
+
 def refuse_outside(file: Path) -> None:
     """A file may be a link only inside its folder, or from a Hub cache's snapshot into that repository's blobs."""
     folder = file.parent.resolve()

@@ -99,8 +99,8 @@ class SpikingConfig(PreTrainedConfig):
 
     def _refuse_unknown(self, others: dict[str, Any]) -> None:
         """Keys that are no fields, and values that would make transformers fetch code, run it, or fill the memory."""
-        for name in others.keys() - _BESIDE_FIELDS:
-            nearest = get_close_matches(name, config_names(type(self)), n=1)
+        for name in sorted(others.keys() - _BESIDE_FIELDS):
+            nearest = get_close_matches(name[:80], config_names(type(self)), n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"{self.model_type} has no config field {name[:80]!r}{hint}")
         if (theirs := others.get("model_type", self.model_type)) != self.model_type:

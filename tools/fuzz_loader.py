@@ -154,7 +154,7 @@ def header_entry(rng, folder):
     try:
         data = path.read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:end])
+        header = json.loads(data[8 : min(end, 1 << 20)])
         name = rng.choice([key for key in header if key != "__metadata__"])
         entry = header[name]
         what = rng.randrange(6)
@@ -295,6 +295,7 @@ def one_case(case, originals, folder):
     for change in changes:
         if all(path.is_file() for path in folder.iterdir()):  # else an earlier change left nothing to change
             change(rng, folder)
+    faulthandler.dump_traceback_later(60, exit=True)  # a hang ends here
     start, outcome, message = time.process_time(), "", ""
     try:
         model = snlp_zoo.load(folder)
@@ -305,6 +306,7 @@ def one_case(case, originals, folder):
         if "\n" in message or len(message) > 3000:
             raise ValueError(f"the message is long or has many lines: {message[:200]!r}") from error
     seconds = time.process_time() - start
+    faulthandler.cancel_dump_traceback_later()
     if outcome == "loaded":
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise ArithmeticError("a model with NaN or Inf was returned")
@@ -332,7 +334,6 @@ def main():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
         for case in cases:
-            faulthandler.dump_traceback_later(30, exit=True)  # a hang ends here
             try:
                 changes, outcome, message, seconds = one_case(case, originals, Path(home) / "case")
             except BaseException as error:  # a panic of a library in Rust is no Exception
@@ -341,13 +342,14 @@ def main():
                 failures.append(f"case {case}: {type(error).__name__}: {str(error)[:300]}")
                 continue
             outcomes[outcome] += 1
+            if outcomes.total() % 500 == 0:
+                print(dict(outcomes), file=sys.stderr, flush=True)
             others.update(set(changes) if outcome == "loaded, other values" else ())
             slowest = max(slowest, (seconds, case))
             if seconds > SECONDS:
                 failures.append(f"case {case}: {seconds:.2f} s ({', '.join(changes)}): {outcome} {message[:200]}")
             if options.only is not None:
                 print(changes, outcome, message)
-        faulthandler.cancel_dump_traceback_later()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"{len(cases)} cases: {dict(outcomes)}; {len(failures)} failed")
     print(f"slowest {slowest[0]:.3f} s (case {slowest[1]}); peak memory grew by {grown:.0f} MB")

@@ -24,6 +24,7 @@ RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
 MODELS_SHARE = [
     "models/base.py",
     "models/configuration.py",
+    "models/checkpoint.py",
     "models/cache.py",
 ]  # besides these, a model knows only its own configuration
 

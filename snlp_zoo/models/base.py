@@ -5,7 +5,9 @@ Shapes: T, B, N, D, H as in ops/lif/reference.py. T lives inside a model only; e
 
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -18,10 +20,12 @@ from transformers.utils.generic import can_return_tuple
 
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.layers import BitLinear, ElasticBiSpike
-from snlp_zoo.layers.quant import PACKED_BUFFERS, Int8Embedding, int8_tables, storage_mismatch
-from snlp_zoo.models.configuration import SpikingConfig, make_config
+from snlp_zoo.layers.quant import Int8Embedding, int8_tables
+from snlp_zoo.models.checkpoint import architecture, check_finite, check_weights, locate, read_json, stored_weights
+from snlp_zoo.models.configuration import SpikingConfig, config_names, make_config, read_config
 
 logger = logging.getLogger(__name__)
+_HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 @dataclass
@@ -66,6 +70,12 @@ def spread_layers(student_layers: int, teacher_layers: int) -> list[int]:
     return [max((i + 1) * teacher_layers // student_layers - 1, 0) for i in range(student_layers)]
 
 
+def _subclasses(model_class: Any) -> Iterator[Any]:
+    for subclass in model_class.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
 class SpikingPreTrainedModel(PreTrainedModel):
     """Base of every spiking model: initialisation, save and load, `from_teacher`."""
 
@@ -85,14 +95,59 @@ class SpikingPreTrainedModel(PreTrainedModel):
     transfer_report: TransferReport | None = None
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers; CheckpointError where packed weights meet an unpacked configuration or the reverse."""
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, report = loaded
-        for kind, packed in (("unexpected_keys", True), ("missing_keys", False)):
-            if found := next((key for key in sorted(report[kind]) if key.endswith(PACKED_BUFFERS)), None):
-                raise CheckpointError(storage_mismatch(found.rpartition(".")[0], packed))
-        return (model, report) if output_loading_info else model
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: Any = None,
+        allow_missing: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, but strict: only safetensors, which must hold all of the model they were saved from.
+
+        Headers are compared with the configuration before anything is allocated. A class with a head that the saved
+        model did not have starts that head afresh and says so, as in transformers.
+
+        Args:
+            allow_missing: tensors that are in no file start afresh.
+            kwargs: as in transformers; ignore_mismatched_sizes=True lets tensors of another shape start afresh.
+        Raises:
+            CheckpointError: a file is damaged or points elsewhere; a tensor is missing, unexpected, of another shape or
+                kind, or not finite; the configuration is out of bounds.
+        """
+        name = pretrained_model_name_or_path
+        kwargs |= {"output_loading_info": output_loading_info, "use_safetensors": True}
+        if name is None:  # the weights are in memory: state_dict=...
+            return super().from_pretrained(name, *args, config=config, **kwargs)
+        folder, fetch = locate(name, **{key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs})
+        held = stored_weights(folder, fetch, kwargs.get("variant"))
+        if not isinstance(config, SpikingConfig):
+            config_class: Any = cls.config_class
+            names = config_names(config_class) & kwargs.keys() - {"dtype", "torch_dtype"}
+            config = read_config(config_class, Path(config or folder), **{key: kwargs.pop(key) for key in names})
+        if config.num_hidden_layers > len(held):  # before so many layers are built
+            raise CheckpointError(
+                f"cannot load {folder}: config.json has num_hidden_layers {config.num_hidden_layers}, the weights only "
+                f"{len(held)} tensors; they must be of one model"
+            )
+        with torch.device("meta"):
+            saved = cls._saved_class(folder)(config)
+        misshapen = kwargs.get("ignore_mismatched_sizes", False)
+        check_weights(folder, held, saved, allow_missing=allow_missing, allow_misshapen=misshapen)
+        loaded: Any = super().from_pretrained(folder, *args, config=config, **kwargs)
+        model = loaded[0] if output_loading_info else loaded
+        model.name_or_path = model.config.name_or_path = str(name)
+        check_finite(folder, model)
+        return loaded
+
+    @classmethod
+    def _saved_class(cls, folder: Path) -> "type[SpikingPreTrainedModel]":
+        """The class of this family that the weights were saved from; its own where config.json does not say one."""
+        path = folder / "config.json"
+        name = architecture(read_json(path)) if path.is_file() else "?"
+        same = (c for c in _subclasses(SpikingPreTrainedModel) if c.config_class is cls.config_class)
+        return next((c for c in same if c.__name__ == name), cls)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

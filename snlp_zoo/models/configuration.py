@@ -2,25 +2,39 @@
 
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
+from snlp_zoo.errors import CheckpointError
+from snlp_zoo.models.checkpoint import read_json
 from snlp_zoo.ops.bit_linear import WEIGHT_BITS
 
 # No published encoder comes near these; a configuration file from elsewhere must not allocate without limit.
 _BOUNDS = {
-    "vocab_size": 2_000_000,
-    "hidden_size": 32_768,
-    "num_hidden_layers": 512,
-    "num_attention_heads": 1_024,
-    "intermediate_size": 262_144,
-    "max_position_embeddings": 1_048_576,
-    "type_vocab_size": 1_024,
-    "time_steps": 1_024,
+    "vocab_size": (1, 2_000_000),
+    "hidden_size": (1, 32_768),
+    "num_hidden_layers": (1, 512),
+    "num_attention_heads": (1, 1_024),
+    "intermediate_size": (1, 262_144),
+    "max_position_embeddings": (1, 1_048_576),
+    "type_vocab_size": (1, 1_024),
+    "time_steps": (1, 1_024),
+    "hidden_dropout_prob": (0, 1),
+    "attention_probs_dropout_prob": (0, 1),
+    "classifier_dropout": (0, 1),
+    "initializer_range": (0, 100),
+    "layer_norm_eps": (0, 1),
 }
+_MAX_LABELS, _MAX_NUMBER = 65_536, 2**31
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+# What transformers takes, or writes into config.json, beside the fields.
+_BESIDE_FIELDS = {"num_labels", "attn_implementation", "output_attentions", "torch_dtype", "model_type"}
+_BESIDE_FIELDS |= {"name_or_path", "_name_or_path"}
 
 
 @strict
@@ -58,9 +72,20 @@ class SpikingConfig(PreTrainedConfig):
         for alias, name in self.attribute_map.items():  # a family's own name of a shared field
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
-        for name, limit in _BOUNDS.items():
-            if not 1 <= getattr(self, name) <= limit:
-                raise ValueError(f"{self.model_type}: {name} must be between 1 and {limit}, got {getattr(self, name)}")
+        self._refuse_unknown(kwargs)
+        for name, (low, high) in _BOUNDS.items():
+            if (value := getattr(self, name)) is not None and not low <= value <= high:
+                raise ValueError(f"{self.model_type}: {name} must be between {low} and {high}, got {value}")
+        for field in fields(self):  # the rest of the numbers, NaN too
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not abs(value) <= _MAX_NUMBER:
+                raise ValueError(f"{self.model_type}: {field.name} must be at most {_MAX_NUMBER}, got {value}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"{self.model_type}: pad_token_id must be below vocab_size {self.vocab_size}, got {self.pad_token_id}"
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"{self.model_type}: hidden_act {self.hidden_act!r} is not known to transformers")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"{self.model_type}: hidden_size {self.hidden_size} must be a multiple of "
@@ -72,6 +97,24 @@ class SpikingConfig(PreTrainedConfig):
             raise ValueError(f"{self.model_type}: packed needs weight_bits 1.58 or 1, and int8_embeddings needs packed")
         super().__post_init__(**kwargs)
 
+    def _refuse_unknown(self, others: dict[str, Any]) -> None:
+        """Keys that are no fields, and values that would make transformers fetch code, run it, or fill the memory."""
+        for name in sorted(others.keys() - _BESIDE_FIELDS):
+            nearest = get_close_matches(name[:80], config_names(type(self)), n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"{self.model_type} has no config field {name[:80]!r}{hint}")
+        if (theirs := others.get("model_type", self.model_type)) != self.model_type:
+            raise ValueError(f"{self.model_type}: this is the configuration of a {theirs!r}")
+        count = others.get("num_labels")
+        count = len(self.id2label or ()) if count is None else count
+        if not isinstance(count, int) or not 0 <= count <= _MAX_LABELS:
+            raise ValueError(f"{self.model_type}: num_labels must be between 0 and {_MAX_LABELS}, got {count!r}")
+        dtype = others.get("torch_dtype") or self.dtype
+        if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
+            raise ValueError(f"{self.model_type}: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if "/" in str(others.get("attn_implementation")):  # the name of a kernel to download
+            raise ValueError(f"{self.model_type}: attn_implementation must name none from elsewhere, got a path")
+
     @property
     def label_names(self) -> list[str]:
         """Names of the classes in order; one for regression."""
@@ -79,19 +122,31 @@ class SpikingConfig(PreTrainedConfig):
         return [names[i] for i in sorted(names)]
 
 
+def config_names(config_class: Any) -> set[str]:
+    """Every name that a configuration can be given."""
+    return {field.name for field in fields(config_class)} | set(config_class.attribute_map) | _BESIDE_FIELDS
+
+
 def make_config(config_class: type[SpikingConfig], **values: Any) -> SpikingConfig:
-    """A configuration from keyword values, refusing names it does not have (transformers keeps typos silently).
+    """A configuration from keyword values.
 
     Raises:
-        ValueError: unknown name (with the nearest one), or a value out of bounds.
+        ValueError: unknown name (with the nearest one), wrong type, or a value out of bounds.
     """
-    known = {field.name for field in fields(config_class)} | {"num_labels", "attn_implementation"}
-    known |= set(config_class.attribute_map)
-    for name in values.keys() - known:
-        nearest = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{config_class.model_type} has no config field {name!r}{hint}")
     try:
         return config_class(**values)
     except StrictDataclassError as error:  # huggingface_hub's own, for a value of the wrong type
         raise ValueError(f"{config_class.model_type}: {' '.join(str(error).split())}") from error
+
+
+def read_config(config_class: type[SpikingConfig], path: Path, **changes: Any) -> SpikingConfig:
+    """The configuration in a folder or a JSON file, with `changes`.
+
+    Raises:
+        CheckpointError: it cannot be read, or a value is unknown, of the wrong type, or out of bounds.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return make_config(config_class, **(read_json(path) | changes))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot load {path}: {' '.join(str(error).split())[:300]}") from error

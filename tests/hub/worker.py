@@ -1,0 +1,35 @@
+"""A process that uses the library against the test Hub: Python on standard input, one answer a line on standard output.
+
+huggingface_hub reads its environment when it is imported, and importing takes seconds: one such process serves many
+tests. A request is {"code", "token"}; the code leaves its result, JSON, in `answer`.
+"""
+
+import json
+import os
+import sys
+import warnings
+
+import torch
+
+import snlp_zoo
+from snlp_zoo.errors import SnlpError
+from snlp_zoo.hub import client
+
+answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed is no answer
+client.WAITS = (0.05,) * 5
+warnings.simplefilter("ignore")
+answers.write("ready\n")
+answers.flush()
+for line in sys.stdin:
+    request = json.loads(line)
+    os.environ["HF_TOKEN"] = request["token"]
+    names = {"snlp_zoo": snlp_zoo, "torch": torch, "answer": None}
+    try:
+        exec(request["code"], names)  # noqa: S102  (the tests' own)
+        reply = {"answer": names["answer"]}
+    except SnlpError as error:
+        reply = {"error": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        reply = {"error": f"unexpected {type(error).__name__}", "message": str(error)}
+    answers.write(json.dumps(reply) + "\n")
+    answers.flush()

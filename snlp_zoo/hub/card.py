@@ -62,10 +62,14 @@ def read_run(folder: Path) -> Run:
         CheckpointError: summary.json or energy.json is damaged.
         RecipeError: recipe.yaml is.
     """
-    run, recipe = folder.parent, folder.parent / "recipe.yaml"
-    if folder.name != "model" or not recipe.is_file():
+    run = folder.parent
+    if folder.name != "model" or not (run / "recipe.yaml").is_file():
         return Run(folder, {}, {}, {})
-    return Run(folder, _read_json(run / "summary.json"), registry.read_yaml(recipe), _read_json(run / "energy.json"))
+    recipe = registry.read_yaml(run / "recipe.yaml")
+    if stages := recipe.get("stages"):  # the scores are the last one's, and so are data and teacher
+        last = run / f"{len(stages)}_{stages[-1]['name']}" / "recipe.yaml"
+        recipe = registry.read_yaml(last) | {"name": recipe["name"]}
+    return Run(folder, _read_json(run / "summary.json"), recipe, _read_json(run / "energy.json"))
 
 
 def make_card(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> str:
@@ -128,7 +132,8 @@ def _metadata(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> M
 
 
 def _head(run: Run, model: PreTrainedModel, repo_id: str) -> str:
-    entry = registry.load_entry(run.recipe["name"]) if run.recipe.get("name") in registry.list_entries() else None
+    name = run.recipe.get("name", run.folder.parent.name)
+    entry = registry.load_entry(name) if name in registry.list_entries() else None
     lines = [f"# {repo_id.partition('/')[2]}", "", entry.description if entry and entry.description else ""]
     lines += [f"A spiking language model ({model.config.model_type}) of snlp_zoo."]
     if teacher := run.teacher[0]:

@@ -32,7 +32,7 @@ TRAVELLING = [
     CARD,
     f"{RESULTS}*.yaml",
 ]
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new try
+WAITS = (1.0, 4.0, 16.0)  # seconds before each new try; huggingface_hub repeats most requests by itself, too
 _CURES = {
     400: "it does not accept what was sent",
     401: "check the name, and log in with 'hf auth login' or set HF_TOKEN if the repository is private or yours",
@@ -80,7 +80,7 @@ def insist(attempt: Callable[[], Answer], repo_id: str) -> Answer:
     """Call until it returns, waiting out troubles that pass; `attempt` must be safe to repeat.
 
     Raises:
-        HubError: the trouble does not pass, or has not after about half a minute.
+        HubError: the trouble does not pass, or has not after the last try.
     """
     for wait in (*WAITS, None):
         try:
@@ -115,13 +115,13 @@ def explain(error: BaseException, repo_id: str) -> HubError:
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether the same request may succeed in a moment: not where nobody answers at all."""
+    """Whether the same request may succeed in a moment: not where nobody answers at all, or may be asked."""
     status = _status(error)
     if status is not None:
         return status in (408, 409, 412, 429) or status >= 500
     chain = _chain(error)
     return any(_is_network(e) or isinstance(e, json.JSONDecodeError) for e in chain) and not any(
-        type(e).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError") for e in chain
+        type(e).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled") for e in chain
     )
 
 

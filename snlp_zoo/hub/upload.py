@@ -60,7 +60,8 @@ def publish(
         dry_run: only say what would be published; needs no network.
     Raises:
         CheckpointError: no such model, or it is damaged.
-        HubError: the name or the licence has the wrong form, or the Hub refuses, cannot be reached, or does not hold what was sent.
+        HubError: the name or the licence has the wrong form, or the Hub refuses, cannot be reached, or does not hold
+            what was sent.
     """
     if not is_repo_id(repo_id):
         raise HubError(f"{repo_id!r} is no repository; write it as user/name, in letters, digits, '-', '_' and '.'")

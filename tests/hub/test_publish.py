@@ -151,6 +151,19 @@ def test_publishing_twice_makes_one_commit_and_a_new_model_replaces_the_old(hub,
     assert "tokenizer.json" in hub.head("user/m")
 
 
+def test_a_trained_entry_tells_its_paper_and_a_staged_run_its_last_stage(saved, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, tmp_path / "runs" / "spikelm_tiny" / "model")
+    assert "arXiv:2406.03287" in snlp_zoo.publish("spikelm_tiny", "user/m", dry_run=True).card
+    own = yaml.safe_load((run_folder / "recipe.yaml").read_text())
+    last = own | {"name": "tiny/2_task", "data": own["data"] | {"source": "nyu-mll/glue"}}
+    (run_folder / "2_task").mkdir()
+    (run_folder / "2_task" / "recipe.yaml").write_text(yaml.safe_dump(last))
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(own | {"stages": [{"name": "general"}, {"name": "task"}]}))
+    data = ModelCard(snlp_zoo.publish(run_folder, "user/m", dry_run=True).card).data
+    assert data.datasets == ["nyu-mll/glue"]
+
+
 def test_branches_and_private_repositories(hub, client, client_error, saved):
     report = client.run(publish(saved, ", private=True, revision='v1'"), "hf_write")
     assert hub.repo("user/m")["private"]

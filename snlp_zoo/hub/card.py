@@ -134,13 +134,13 @@ def _metadata(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> M
 def _head(run: Run, model: PreTrainedModel, repo_id: str) -> str:
     name = run.recipe.get("name", run.folder.parent.name)
     entry = registry.load_entry(name) if name in registry.list_entries() else None
-    lines = [f"# {repo_id.partition('/')[2]}", "", entry.description if entry and entry.description else ""]
-    lines += [f"A spiking language model ({model.config.model_type}) of snlp_zoo."]
+    sentences = [entry.description] if entry and entry.description else []
+    sentences.append(f"A spiking language model ({model.config.model_type}) of snlp_zoo.")
     if teacher := run.teacher[0]:
-        lines += [f"Distilled from {teacher} on {run.dataset[0]}."]
+        sentences.append(f"Distilled from {teacher} on {run.dataset[0]}.")
     if entry and "paper" in entry.source:
-        lines += [f"Architecture: {entry.source['paper']}."]
-    return "\n".join(line for i, line in enumerate(lines) if line or i == 1)
+        sentences.append(f"Architecture: {entry.source['paper']}.")
+    return f"# {repo_id.partition('/')[2]}\n\n" + " ".join(sentences)
 
 
 def _load(model: PreTrainedModel, repo_id: str) -> str:
@@ -159,22 +159,17 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 
 
 def _table_of_facts(run: Run, model: PreTrainedModel) -> str:
-    config = model.config
-    bits = getattr(config, "weight_bits", None)
     facts = {
         "parameters": f"{model.num_parameters():,}",
-        "time steps T": str(config.time_steps),
-        "bits of the linear weights": str(bits if bits is not None else 8 * model.dtype.itemsize),
+        "time steps T": str(model.config.time_steps),
+        "bits of the encoder's linear weights": str(model.config.weight_bits),
     }
     if "firing_rate" in run.summary:
         facts["firing rate"] = f"{100 * run.summary['firing_rate']:.1f} %"
     for metric, value in run.scores.items():
-        others = [
-            f"{who} {run.summary[k]:.4f}" for who in ("teacher", "baseline") if (k := f"{who}_{metric}") in run.summary
-        ]
-        facts[f"{metric.replace('_', ' ')}, {run.split}"] = f"{value:.4f}" + (
-            f" ({', '.join(others)})" if others else ""
-        )
+        others = [who for who in ("teacher", "baseline") if f"{who}_{metric}" in run.summary]
+        compared = [f"student {value:.4f}", *(f"{who} {run.summary[f'{who}_{metric}']:.4f}" for who in others)]
+        facts[f"{metric.replace('_', ' ')}, {run.split}"] = ", ".join(compared)
     return _table("## The model", "what", "value", facts)
 
 

@@ -36,7 +36,7 @@ WAITS = (1.0, 4.0, 16.0)  # seconds before each new try; huggingface_hub repeats
 _CURES = {
     400: "it does not accept what was sent",
     401: "check the name, and log in with 'hf auth login' or set HF_TOKEN if the repository is private or yours",
-    403: "the token may not do this; use one with write access to the repository",
+    403: "the token may not do this; publishing needs write access, and a gated model its owner's consent",
     404: "check the name and the revision, and log in with 'hf auth login' if the repository is private",
     409: "something else is changing the repository; run it again",
     412: "somebody else keeps committing to the repository; run it again",
@@ -98,7 +98,9 @@ def insist(attempt: Callable[[], Answer], repo_id: str) -> Answer:
 
 def explain(error: BaseException, repo_id: str) -> HubError:
     """One sentence for whatever huggingface_hub raised: what is wrong and what to do. It never quotes the token."""
-    status, chain = _status(error), _chain(error)
+    # A ValueError itself lists what is wrong with the card, or with the name of a repository or file.
+    chain = [] if type(error) is ValueError else _chain(error)
+    status = _status(chain)
     if status is not None:
         server = " ".join((next(e for e in chain if isinstance(e, HfHubHTTPError)).server_message or "").split())[:200]
         cure = _CURES.get(status, "it has a problem of its own; run it again later, what was sent is not sent twice")
@@ -116,10 +118,10 @@ def explain(error: BaseException, repo_id: str) -> HubError:
 
 def _passes(error: BaseException) -> bool:
     """Whether the same request may succeed in a moment: not where nobody answers at all, or may be asked."""
-    status = _status(error)
+    chain = _chain(error)
+    status = _status(chain)
     if status is not None:
         return status in (408, 409, 412, 429) or status >= 500
-    chain = _chain(error)
     return any(_is_network(e) or isinstance(e, json.JSONDecodeError) for e in chain) and not any(
         type(e).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled") for e in chain
     )
@@ -133,8 +135,8 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return chain
 
 
-def _status(error: BaseException) -> int | None:
-    return next((e.response.status_code for e in _chain(error) if isinstance(e, HfHubHTTPError)), None)
+def _status(chain: list[BaseException]) -> int | None:
+    return next((e.response.status_code for e in chain if isinstance(e, HfHubHTTPError)), None)
 
 
 def _is_network(error: BaseException) -> bool:

@@ -47,6 +47,10 @@ class Hub:
     def repo(self, name: str) -> dict[str, Any] | None:
         return self._call(f"repo/{name}")
 
+    def plant(self, name: str, **files: str) -> None:
+        """Put files, path -> text, into a repository as they are."""
+        self._call(f"plant/{name}", files)
+
     def head(self, name: str, branch: str = "main") -> dict[str, str]:
         """Path -> sha256 at a branch's head."""
         repo = self.repo(name)

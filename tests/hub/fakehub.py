@@ -1,7 +1,8 @@
 """A Hub in one file for tests: repositories in memory, the endpoints that models need, and faults on demand.
 
 Run as a program it binds 127.0.0.1, prints its port and serves until its standard input closes. Tests steer it through
-/_control: POST faults (see Fault), POST reset, GET log, GET repo/<user>/<name>. Tokens: hf_write may write for `user`,
+/_control: POST faults (see Fault), POST reset, POST plant/<user>/<name>, GET log,
+GET repo/<user>/<name>. Tokens: hf_write may write for `user`,
 hf_read may read. A commit is applied under one lock, entirely or not at all, as on the Hub.
 """
 
@@ -21,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+LICENCES = ["apache-2.0", "mit", "other"]
 TOKENS = {"hf_write": "write", "hf_read": "read"}
 
 
@@ -30,7 +32,7 @@ class Fault:
 
     kind: status (answer `status`, do nothing), drop (close), reset (TCP reset), lost (do it, then close without an
     answer), truncate (half the body), flip (one byte of the body, received or sent), slow (wait `seconds`),
-    stale (somebody else commits first).
+    stale (somebody else commits first); `position` is the byte that is flipped.
     """
 
     pattern: str
@@ -39,6 +41,7 @@ class Fault:
     times: int = 1
     skip: int = 0
     seconds: float = 0.5
+    position: int = -1
 
 
 @dataclass
@@ -98,9 +101,11 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def flipped(content: bytes) -> bytes:
-    """One bit of the last byte is another: in a file of weights that is a number."""
-    return content[:-1] + bytes([content[-1] ^ 0x40]) if content else content
+def flipped(content: bytes, position: int) -> bytes:
+    """One bit of one byte is another: the last byte of a file of weights is part of a number."""
+    data = bytearray(content)
+    data[position % len(data)] ^= 0x40
+    return bytes(data)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -122,8 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         kind = fault.kind if fault else ""
         if kind == "slow":
             time.sleep(fault.seconds)
-        elif kind == "flip" and self.command == "PUT":
-            body = flipped(body)
+        elif kind == "flip" and self.command == "PUT" and body:
+            body = flipped(body, fault.position)
         elif kind == "stale":
             with STATE.lock:
                 for repo in STATE.repos.values():
@@ -134,13 +139,18 @@ class Handler(BaseHTTPRequestHandler):
         answer = Answer(fault.status, {"error": "on demand"}) if kind == "status" else self.answer(request, body)
         if kind == "lost":
             return self.hang_up()
+        if kind == "flip" and self.command == "GET" and answer.body:
+            answer.body = flipped(answer.body, fault.position)
         self.reply(answer, kind)
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            size = int(self.headers.get("Content-Length", 0))
+            if len(body := self.rfile.read(size)) < size:
+                raise ConnectionError("the client died while it sent")
+            return body
         chunks = []
         while size := int(self.rfile.readline(), 16):
             chunks.append(self.rfile.read(size))
@@ -158,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
     def reply(self, answer: Answer, kind: str) -> None:
-        body = flipped(answer.body) if kind == "flip" and self.command == "GET" else answer.body
+        body = answer.body
         self.send_response(answer.status)
         for name, value in ({"Content-Length": str(len(body))} | answer.headers).items():
             self.send_header(name, value)
@@ -231,9 +241,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate(self, body: bytes) -> None:
         found = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], flags=re.DOTALL)
-        licence = re.search(r"^license: [\w.-]+$", found[1], flags=re.MULTILINE) if found else None
-        if licence is None:
-            raise Answer(400, {"errors": [{"message": '"license" must be a string'}], "warnings": []})
+        licence = re.search(r"^license: ([\w.-]+)$", found[1], flags=re.MULTILINE) if found else None
+        if licence is None or licence[1] not in LICENCES:
+            raise Answer(400, {"errors": [{"message": f'"license" must be one of {LICENCES}'}], "warnings": []})
         raise Answer(200, {"errors": [], "warnings": []})
 
     def info(self, body: bytes, name: str, revision: str | None = None) -> None:
@@ -348,6 +358,13 @@ class Handler(BaseHTTPRequestHandler):
         }
         raise Answer(200, {"private": repo.private, "branches": repo.branches, "commits": commits})
 
+    def plant(self, body: bytes, name: str) -> None:
+        """Put files, path -> text, into a repository as they are, as somebody with other tools may."""
+        repo = STATE.repos[name]
+        planted = {path: (text.encode(), False) for path, text in json.loads(body).items()}
+        repo.commit("main", repo.commits[repo.branches["main"]] | planted)
+        raise Answer(200, {})
+
     def url(self, path: str) -> str:
         return f"http://{urlsplit('//' + self.headers['Host']).netloc}/{path}"
 
@@ -370,6 +387,7 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"POST /_control/reset", Handler.reset),
     (r"GET /_control/log", Handler.get_log),
     (rf"GET /_control/repo/{NAME}", Handler.look),
+    (rf"POST /_control/plant/{NAME}", Handler.plant),
 ]
 
 

@@ -107,7 +107,7 @@ def test_an_upload_goes_on_where_it_broke_off(hub, client, client_error, saved, 
     [
         ("", "user/m", [], "401.*hf auth login.*HF_TOKEN"),
         ("hf_wrong", "user/m", [], "401.*hf auth login"),
-        ("hf_read", "user/m", [], "403.*write access"),
+        ("hf_read", "user/m", [], "403.*needs write access"),
         ("hf_write", "other/m", [], "403.*write access"),
         ("hf_write", "user/m", [fault("head", "status", status=404, times=99)], "404.*check the name"),
         ("hf_write", "user/m", [fault("commit", "status", status=409, times=99)], "409.*run it again"),
@@ -115,8 +115,9 @@ def test_an_upload_goes_on_where_it_broke_off(hub, client, client_error, saved, 
         ("hf_write", "user/m", [fault("create", "status", status=429, times=99)], "429.*wait some minutes"),
         ("hf_write", "user/m", [fault("head", "status", status=500, times=99)], "500.*problem of its own"),
         ("hf_write", "user/m", [fault("commit", "reset", times=99)], "no connection to the Hub at http://127"),
+        ("hf_write", "user/m", [fault("put", "reset", times=99)], "no connection to the Hub at http://127"),
         ("hf_write", "user/m", [fault("put", "flip")], "400 .*does not accept"),
-        ("hf_write", "user/m", [fault("validate", "status", status=400)], "400 .*does not accept"),
+        ("hf_write", "user/m", [fault("validate", "status", status=400)], "user/m: Invalid metadata in README.md"),
     ],
 )
 def test_an_upload_that_fails_says_why(hub, client, client_error, saved, token, repository, faults, expected):
@@ -130,6 +131,17 @@ def test_an_upload_that_fails_says_why(hub, client, client_error, saved, token, 
     repo = hub.repo(repository)
     if repo:  # whatever was sent, the head is what it was
         assert not {name for name in hub.head(repository) if "safetensors" in name}
+    if faults:
+        hub.faults()
+        client.run(publish(saved), token)
+        assert "model.safetensors" in hub.head(repository)
+
+
+def test_a_card_that_the_hub_refuses(hub, client, client_error, saved):
+    with pytest.raises(client_error, match=r'Invalid metadata in README\.md.*"license" must be one of') as caught:
+        client.run(f"snlp_zoo.publish({str(saved)!r}, 'user/m', licence='no-such')", "hf_write")
+    assert caught.value.kind == "HubError"
+    assert not [line for line in hub.log() if line.startswith("PUT")]  # found before anything was sent
 
 
 # ---- downloads ----
@@ -178,6 +190,16 @@ def test_a_flipped_byte_is_found_and_mended(published, client, client_error, wei
     blob = re.search(r"remove (\S+) and", caught.value.message)[1]
     client.run(f"import os; os.remove({blob!r})")
     assert client.run(load(", verify=True")) == weights
+
+
+def test_a_flipped_byte_of_the_header_is_found_by_itself(published, client, client_error, weights):
+    client.forget()
+    published.faults(fault("weights", "flip", position=7))
+    with pytest.raises(client_error, match="cannot load") as caught:
+        client.run(load())
+    assert caught.value.kind == "CheckpointError"
+    with pytest.raises(client_error, match=r"model\.safetensors of user/m is damaged"):
+        client.run(load(", verify=True"))
 
 
 def test_a_file_that_the_hub_does_not_know(published, client, client_error):

@@ -7,12 +7,13 @@ from dataclasses import asdict
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from typer.testing import CliRunner
 
 import snlp_zoo
 from snlp_zoo import cli
 from snlp_zoo.errors import CheckpointError, HubError
+from snlp_zoo.hub.card import make_results, read_run
 from snlp_zoo.hub.client import digest
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -48,7 +49,10 @@ def test_from_a_run_to_the_hub_and_back(hub, client, run_folder, trained, data_f
 
     local = snlp_zoo.load(model)(torch.tensor(IDS)).logits.tolist()
     answer = client.run(f"""
+import json
 from transformers import AutoModelForSequenceClassification, pipeline
+from typer.testing import CliRunner
+from snlp_zoo.cli import app
 from snlp_zoo.hub import find_checkpoint
 from snlp_zoo.predict import predict
 from snlp_zoo.train.run import evaluate_checkpoint
@@ -62,6 +66,7 @@ answer = {{
     "pipeline": pipeline("text-classification", model="user/tiny")("lumi sola")[0],
     "predict": predict("user/tiny", ["lumi sola"], verify=True)[0],
     "scores": evaluate_checkpoint("user/tiny", {str(data_folder / "test.tsv")!r}, revision="main"),
+    "cli": json.loads(CliRunner().invoke(app, ["predict", "user/tiny", "lumi sola", "--verify", "--json"]).stdout),
     "not copied": copy_student(start, "user/tiny"),
     "files": sorted(path.name for path in find_checkpoint("user/tiny").iterdir()),
 }}
@@ -69,6 +74,7 @@ answer = {{
     assert answer["auto"] == answer["load"] == local
     assert answer["predict"]["label"] == answer["pipeline"]["label"]
     assert answer["predict"]["score"] == pytest.approx(answer["pipeline"]["score"], abs=1e-6)
+    assert answer["cli"]["predictions"] == [answer["predict"]]
     assert answer["scores"]["accuracy"] == pytest.approx(trained.summary["student_accuracy"])
     assert answer["not copied"] == []
     assert set(answer["files"]) == FILES | {".eval_results"}
@@ -108,6 +114,14 @@ def test_a_teacher_and_data_set_of_the_hub_are_linked(run_folder):
     assert data.base_model == "google-bert/bert-base-uncased"
     assert data.datasets == ["stanfordnlp/sst2"]
     assert ".eval_results/stanfordnlp_sst2.yaml" in report.files
+
+
+def test_results_are_in_the_hub_s_own_form(run_folder, trained):
+    ((path, text),) = make_results(read_run(run_folder / "model")).items()
+    entries = {entry.task_id: entry for entry in parse_eval_result_entries(yaml.safe_load(text))}
+    assert path.startswith(".eval_results/data")
+    assert entries["accuracy"].value == trained.summary["student_accuracy"]
+    assert entries["accuracy"].notes == "test split, not a data set of the Hub"
 
 
 def test_the_code_on_the_card_runs(hub, client, saved):
@@ -180,6 +194,22 @@ def test_branches_and_private_repositories(hub, client, client_error, saved):
     client.run(publish(saved, repo="user/open"), "hf_write")
     with pytest.raises(client_error, match="is public"):
         client.run(publish(saved, ", private=True", repo="user/open"), "hf_write")
+
+
+def test_only_known_files_are_fetched_and_none_lands_outside(hub, client, client_error, saved):
+    client.run(publish(saved), "hf_write")
+    hub.plant(
+        "user/m", **{"pytorch_model.bin": "pickle", "modeling_x.py": "print(1)", "checkpoint-1/config.json": "{}"}
+    )
+    found = (
+        "from snlp_zoo.hub import find_checkpoint; answer = sorted(p.name for p in find_checkpoint('user/m').iterdir())"
+    )
+    assert set(client.run(found)) == FILES
+    hub.plant("user/m", **{"model-/../../../../../../evil.safetensors": "outside"})
+    with pytest.raises(client_error) as caught:
+        client.run(found)
+    assert caught.value.kind == "HubError"
+    assert not list(client.cache.parent.rglob("evil*"))
 
 
 def test_what_cannot_be_loaded_or_named_is_not_published(saved, tmp_path):

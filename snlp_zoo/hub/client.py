@@ -106,7 +106,7 @@ def explain(error: BaseException, repo_id: str) -> HubError:
         cure = _CURES.get(status, "it has a problem of its own; run it again later, what was sent is not sent twice")
         text = f"the Hub answers {status} for {repo_id}{f' ({server})' if server else ''}: {cure}"
     elif any(isinstance(e, OfflineModeIsEnabled) for e in chain) or constants.HF_HUB_OFFLINE:
-        text = f"{repo_id} is not in the cache, complete, and HF_HUB_OFFLINE keeps from the network; unset it"
+        text = f"HF_HUB_OFFLINE keeps {repo_id} out of reach, and the cache does not hold all of it; unset it"
     elif network := next(filter(_is_network, chain), None):
         why = type(network).__name__
         text = f"no connection to the Hub at {constants.ENDPOINT} for {repo_id} ({why}); check the network"

@@ -226,6 +226,11 @@ def test_what_cannot_be_loaded_or_named_is_not_published(saved, tmp_path):
             snlp_zoo.publish(saved, "user/m", licence=licence, dry_run=True)
 
 
+def test_offline_nothing_is_published(saved):
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE keeps user/m out of reach"):
+        snlp_zoo.publish(saved, "user/m")
+
+
 def test_local_folders_have_no_record_to_verify(saved):
     with pytest.raises(CheckpointError, match="local folder"):
         snlp_zoo.load(saved, verify=True)

@@ -167,8 +167,9 @@ def _table_of_facts(run: Run, model: PreTrainedModel) -> str:
     if "firing_rate" in run.summary:
         facts["firing rate"] = f"{100 * run.summary['firing_rate']:.1f} %"
     for metric, value in run.scores.items():
-        others = [who for who in ("teacher", "baseline") if f"{who}_{metric}" in run.summary]
-        compared = [f"student {value:.4f}", *(f"{who} {run.summary[f'{who}_{metric}']:.4f}" for who in others)]
+        others = {"teacher": f"teacher_{metric}", "bag of words": f"baseline_{metric}"}
+        compared = [f"{who} {run.summary[key]:.4f}" for who, key in others.items() if key in run.summary]
+        compared.insert(0, f"student {value:.4f}")
         facts[f"{metric.replace('_', ' ')}, {run.split}"] = ", ".join(compared)
     return _table("## The model", "what", "value", facts)
 

@@ -99,6 +99,7 @@ def test_the_card_says_what_the_run_says(run_folder, trained):
     ):
         assert words in report.card
     assert f"{100 * trained.summary['firing_rate']:.1f} %" in report.card
+    assert f"bag of words {trained.summary['baseline_accuracy']:.4f}" in report.card
     assert str(run_folder.parent) not in report.card  # no path of this machine
     assert str(trained.recipe.parent.parent) not in report.card
     (run_folder / "energy.json").unlink()

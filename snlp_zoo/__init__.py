@@ -10,15 +10,16 @@ from snlp_zoo.doctor import torchvision_mismatch
 from snlp_zoo.errors import SnlpError
 
 if TYPE_CHECKING:
+    from snlp_zoo.hub import load as load
+    from snlp_zoo.hub import publish as publish
     from snlp_zoo.registry import build as build
     from snlp_zoo.registry import list_entries as list_entries
-    from snlp_zoo.registry import load as load
 
 __version__ = "0.1.0"
-__all__ = ["SnlpError", "build", "list_entries", "load"]
+__all__ = ["SnlpError", "build", "list_entries", "load", "publish"]
 
 if (_mismatch := torchvision_mismatch()) is None:
-    from snlp_zoo import registry
+    from snlp_zoo import hub, registry
 
     registry.register()
 else:  # transformers itself cannot be imported; `snlp-zoo doctor` still can say so
@@ -26,9 +27,9 @@ else:  # transformers itself cannot be imported; `snlp-zoo doctor` still can say
 
 
 def __getattr__(name: str) -> Any:
-    """Public names of the registry, which exists only where transformers can be imported."""
+    """Public names of the registry and the hub, which exist only where transformers can be imported."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _mismatch is not None:
         raise ImportError(_mismatch)
-    return getattr(registry, name)
+    return getattr(hub if name in hub.__all__ else registry, name)

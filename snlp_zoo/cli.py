@@ -20,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub; main by default.")]
+VerifyFlag = Annotated[bool, typer.Option("--verify", help="Compare every file with the Hub's checksums.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -149,18 +151,23 @@ def _shown(metric: str, value: float) -> str:
 
 @app.command()
 def evaluate(
-    path_or_entry: Annotated[str, typer.Argument(help="A saved folder, or a zoo entry trained into runs/.")],
+    path_or_entry: Annotated[
+        str, typer.Argument(help="A saved folder, a zoo entry trained into runs/, or user/name on the Hub.")
+    ],
     data: Annotated[str, typer.Option(help="A labelled .tsv, .csv or .jsonl file (also .gz, .xz), or 'tweets'.")],
     text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
     label: Annotated[str, typer.Option(help="Column of the label.")] = "label",
+    revision: RevisionOption = None,
+    verify: VerifyFlag = False,
     json_: JsonFlag = False,
 ) -> None:
     """Score a trained model on a file."""
     _quiet_transformers()
     from snlp_zoo.train.run import evaluate_checkpoint
 
-    scores = evaluate_checkpoint(path_or_entry, data, text=text, text_pair=text_pair, label=label)
+    columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label}
+    scores = evaluate_checkpoint(path_or_entry, data, **columns, revision=revision, verify=verify)
     table = _table(scores["path"], "metric", "value", numbers=True)
     for key, value in scores.items():
         if key != "path":
@@ -170,19 +177,55 @@ def evaluate(
 
 @app.command()
 def predict(
-    path_or_entry: Annotated[str, typer.Argument(help="A saved folder, or a zoo entry trained into runs/.")],
+    path_or_entry: Annotated[
+        str, typer.Argument(help="A saved folder, a zoo entry trained into runs/, or user/name on the Hub.")
+    ],
     texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    revision: RevisionOption = None,
+    verify: VerifyFlag = False,
     json_: JsonFlag = False,
 ) -> None:
     """Classify texts with a trained model."""
     _quiet_transformers()
     from snlp_zoo.predict import predict as run
 
-    predictions = run(path_or_entry, texts)
+    predictions = run(path_or_entry, texts, revision=revision, verify=verify)
     table = _table(path_or_entry, "text", "label", "score", "firing rate")
     for row in predictions:
         table.add_row(row["text"], row["label"], f"{row['score']:.3f}", f"{100 * row['firing_rate']:.1f} %")
     _print({"predictions": predictions}, json_, table)
+
+
+@app.command()
+def publish(
+    path: Annotated[str, typer.Argument(help="A run folder, a saved model, or a zoo entry trained into runs/.")],
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Only people with access see it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, made if it does not exist; main by default.")] = None,
+    licence: Annotated[str, typer.Option("--license", help="The Hub's short name of a licence.")] = "apache-2.0",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show files, sizes and card; no network.")] = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Publish a trained model with its card on the Hub, in one commit; safe to repeat."""
+    _quiet_transformers()
+    from dataclasses import asdict
+
+    from snlp_zoo.hub import publish as run
+
+    options: dict[str, Any] = {"private": private, "revision": revision, "licence": licence, "dry_run": dry_run}
+    report = run(path, repository, **options)
+    table = _table(f"{report.repo_id}, {report.revision}", "file", "bytes", numbers=True)
+    for name, size in report.files.items():
+        table.add_row(name, f"{size:,}")
+    for name in report.left_out:
+        table.add_row(name, "left out")
+    table.caption = (
+        f"published as {report.url}, commit {report.commit}" if report.commit else "dry run: nothing was sent"
+    )
+    table.caption_justify = "left"
+    _print(asdict(report) | {"url": report.url}, json_, table)
+    if dry_run and not json_:
+        typer.echo(report.card)
 
 
 @app.command()

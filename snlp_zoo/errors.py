@@ -21,5 +21,9 @@ class CheckpointError(SnlpError, OSError):
     """A checkpoint cannot be read or written."""
 
 
+class HubError(CheckpointError):
+    """The Hub refuses, cannot be reached, or does not hold what was sent."""
+
+
 class ConvergenceError(SnlpError, ArithmeticError):
     """A fixed point was not reached: too few iterations, feedback too strong, or a step that is not finite."""

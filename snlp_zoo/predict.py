@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 
-from snlp_zoo import registry
+from snlp_zoo import hub, registry
 from snlp_zoo.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def predict(path_or_entry: str | Path, texts: list[str]) -> list[dict[str, Any]]:
+def predict(
+    path_or_entry: str | Path, texts: list[str], *, revision: str | None = None, verify: bool = False
+) -> list[dict[str, Any]]:
     """Label, score and firing rate of each text.
 
     Args:
-        path_or_entry: a saved folder, or a zoo entry trained into runs/<entry>.
+        path_or_entry: a saved folder, a zoo entry trained into runs/<entry>, or "user/name" on the Hub.
+        revision, verify: as `snlp_zoo.load`.
     Returns:
         One mapping per text: text, label, score (probability of the label, or the predicted number for regression),
         firing_rate (share of neurons that fired, over sites and steps), truncated (whether the text was cut).
@@ -28,7 +31,7 @@ def predict(path_or_entry: str | Path, texts: list[str]) -> list[dict[str, Any]]
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             raise DataError(f"text {number} of {len(texts)} is empty; give it at least one word")
-    folder = registry.find_checkpoint(path_or_entry)
+    folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
     model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)
     limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)

@@ -31,7 +31,7 @@ def test_public_names_are_what_they_say_after_everything_was_imported():
 
     importlib.import_module("snlp_zoo.cli")
     assert callable(run.distill)
-    assert snlp_zoo.load is snlp_zoo.registry.load
+    assert snlp_zoo.load is snlp_zoo.hub.load
 
 
 def test_an_unknown_name():

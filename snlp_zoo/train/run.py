@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, set_seed
 
-from snlp_zoo import registry
+from snlp_zoo import hub, registry
 from snlp_zoo.data import TextSet, load_splits, read_set
 from snlp_zoo.data.batches import loader, tokenise
 from snlp_zoo.distill.distiller import Distiller
@@ -109,7 +109,7 @@ def _read_job(
         check_attention_scores(recipe.teacher)
     start = recipe.model.init_from
     if start not in ("teacher", "scratch") and Path(start) not in before:
-        registry.find_checkpoint(start)
+        hub.find_checkpoint(start)
     return job
 
 
@@ -251,17 +251,25 @@ def _joined(texts: TextSet) -> list[str]:
 
 
 def evaluate_checkpoint(
-    path_or_entry: str, data: str, *, text: str = "text", text_pair: str | None = None, label: str = "label"
+    path_or_entry: str,
+    data: str,
+    *,
+    text: str = "text",
+    text_pair: str | None = None,
+    label: str = "label",
+    revision: str | None = None,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Scores of a saved student: the whole of `snlp-zoo evaluate`.
 
     Args:
         data: a labelled file, or anything `data.load_splits` knows, whose test split is used.
         text, text_pair, label: column names.
+        revision, verify: as `snlp_zoo.load`.
     Raises:
         SnlpError: the checkpoint or the file cannot be used.
     """
-    folder = registry.find_checkpoint(path_or_entry)
+    folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
     model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)
     names = None if len(model.config.label_names) == 1 else model.config.label_names

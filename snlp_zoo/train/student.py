@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from snlp_zoo import registry
+from snlp_zoo import hub, registry
 from snlp_zoo.distill.distiller import gives_attention_scores
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
@@ -81,7 +81,7 @@ def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
         RecipeError: no layer fits, or the weights are packed.
         CheckpointError: no such model, or it is damaged.
     """
-    source = registry.load(path_or_entry)
+    source = hub.load(path_or_entry)
     if source.config.packed:
         raise RecipeError(
             f"model.init_from: {path_or_entry} is packed for inference; name the student it was made from"
@@ -114,7 +114,7 @@ def load_projection(projection: nn.Module, init_from: str) -> None:
     """Go on with the projection kept beside the student a run starts from, where there is one that fits."""
     if init_from in ("teacher", "scratch"):
         return
-    path = registry.find_checkpoint(init_from) / PROJECTION
+    path = hub.find_checkpoint(init_from) / PROJECTION
     theirs = load_file(path) if path.is_file() else {}
     ours = projection.state_dict()
     if {n: t.shape for n, t in theirs.items()} == {n: t.shape for n, t in ours.items()}:

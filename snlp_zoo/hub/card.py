@@ -1,0 +1,222 @@
+"""The card of a published model and its results in the Hub's two formats, made of what the run folder says."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from transformers import PreTrainedModel
+
+from snlp_zoo import registry
+from snlp_zoo.errors import CheckpointError
+from snlp_zoo.hub.client import RESULTS, digest
+
+_PIPELINES = {"ForSequenceClassification": "text-classification", "ForMaskedLM": "fill-mask"}
+_AUTO = {"ForSequenceClassification": "AutoModelForSequenceClassification", "ForMaskedLM": "AutoModelForMaskedLM"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says of its model; a model folder of its own says nothing but its configuration.
+
+    Args:
+        folder: the model's, with config.json.
+        summary, recipe, energy: the run's summary.json, recipe.yaml and energy.json; empty where there is none.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    recipe: dict[str, Any]
+    energy: dict[str, Any]
+
+    @property
+    def dataset(self) -> tuple[str, str | None]:
+        """Name of the data set, and its id on the Hub if it is there: the name alone of local files."""
+        source = self.recipe.get("data", {}).get("source", "")
+        return _name(source[0] if isinstance(source, list) else source)
+
+    @property
+    def teacher(self) -> tuple[str, str | None]:
+        """Name of the teacher, and its id on the Hub."""
+        return _name(self.recipe.get("teacher", {}).get("name", ""))
+
+    @property
+    def split(self) -> str:
+        """Where the scores come from."""
+        return "test" if "test_examples" in self.summary else "validation"
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The student's finite scores by metric."""
+        found = {key.removeprefix("student_"): v for key, v in self.summary.items() if key.startswith("student_")}
+        return {key: float(v) for key, v in found.items() if isinstance(v, int | float) and math.isfinite(v)}
+
+
+def read_run(folder: Path) -> Run:
+    """The run a model folder lies in.
+
+    Raises:
+        CheckpointError: summary.json or energy.json is damaged.
+        RecipeError: recipe.yaml is.
+    """
+    run = folder.parent
+    if folder.name != "model" or not (run / "recipe.yaml").is_file():
+        return Run(folder, {}, {}, {})
+    recipe = registry.read_yaml(run / "recipe.yaml")
+    if stages := recipe.get("stages"):  # the scores are the last one's, and so are data and teacher
+        last = run / f"{len(stages)}_{stages[-1]['name']}" / "recipe.yaml"
+        recipe = registry.read_yaml(last) | {"name": recipe["name"]}
+    return Run(folder, _read_json(run / "summary.json"), recipe, _read_json(run / "energy.json"))
+
+
+def make_card(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> str:
+    """README.md with the Hub's metadata (model-index included), checked by reading it back.
+
+    Raises:
+        CheckpointError: it does not read back.
+    """
+    metadata = _metadata(run, model, repo_id, licence)
+    sections = [_head(run, model, repo_id), _load(model, repo_id), _table_of_facts(run, model), _energy(run)]
+    card = (
+        f"---\n{metadata.to_yaml()}\n---\n\n"
+        + "\n\n".join(part for part in [*sections, _checksums(run)] if part)
+        + "\n"
+    )
+    read = ModelCard(card).data
+    if read.to_dict() != metadata.to_dict():
+        raise CheckpointError(f"the card of {repo_id} does not read back; its metadata is {metadata.to_dict()}")
+    return card
+
+
+def make_results(run: Run) -> dict[str, str]:
+    """The scores in the Hub's .eval_results form, path -> YAML; none without scores."""
+    if not run.scores:
+        return {}
+    name, hub_id = run.dataset
+    where = f"{run.split} split" + ("" if hub_id else ", not a data set of the Hub")
+    entries = [
+        EvalResultEntry(dataset_id=hub_id or name, task_id=metric, value=value, notes=where)
+        for metric, value in run.scores.items()
+    ]
+    slug = re.sub(r"[^\w.-]+", "_", name)
+    return {f"{RESULTS}{slug}.yaml": registry.dump_yaml(eval_result_entries_to_yaml(entries))}
+
+
+def _metadata(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> ModelCardData:
+    task = _PIPELINES.get(_head_of(model), "feature-extraction")
+    name, hub_id = run.dataset
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=hub_id or name,
+            dataset_name=name,
+            dataset_split=run.split,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in run.scores.items()
+    ]
+    return ModelCardData(
+        license=licence,
+        library_name="snlp_zoo",
+        pipeline_tag=task,
+        tags=["snlp_zoo", "spiking-neural-network", model.config.model_type],
+        base_model=run.teacher[1],
+        datasets=[hub_id] if hub_id else None,
+        model_name=repo_id.partition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _head(run: Run, model: PreTrainedModel, repo_id: str) -> str:
+    name = run.recipe.get("name", run.folder.parent.name)
+    entry = registry.load_entry(name) if name in registry.list_entries() else None
+    sentences = [entry.description] if entry and entry.description else []
+    sentences.append(f"A spiking language model ({model.config.model_type}) of snlp_zoo.")
+    if teacher := run.teacher[0]:
+        sentences.append(f"Distilled from {teacher} on {run.dataset[0]}.")
+    if entry and "paper" in entry.source:
+        sentences.append(f"Architecture: {entry.source['paper']}.")
+    return f"# {repo_id.partition('/')[2]}\n\n" + " ".join(sentences)
+
+
+def _load(model: PreTrainedModel, repo_id: str) -> str:
+    auto = _AUTO.get(_head_of(model), "AutoModel")
+    return f"""## How to load
+
+```python
+import snlp_zoo  # registers the model; no remote code
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("{repo_id}")
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+```
+
+`snlp_zoo.load("{repo_id}", verify=True)` also compares every file with the Hub's checksums."""
+
+
+def _table_of_facts(run: Run, model: PreTrainedModel) -> str:
+    facts = {
+        "parameters": f"{model.num_parameters():,}",
+        "time steps T": str(model.config.time_steps),
+        "bits of the encoder's linear weights": str(model.config.weight_bits),
+    }
+    if "firing_rate" in run.summary:
+        facts["firing rate"] = f"{100 * run.summary['firing_rate']:.1f} %"
+    for metric, value in run.scores.items():
+        others = {"teacher": f"teacher_{metric}", "bag of words": f"baseline_{metric}"}
+        compared = [f"{who} {run.summary[key]:.4f}" for who, key in others.items() if key in run.summary]
+        compared.insert(0, f"student {value:.4f}")
+        facts[f"{metric.replace('_', ' ')}, {run.split}"] = ", ".join(compared)
+    return _table("## The model", "what", "value", facts)
+
+
+def _energy(run: Run) -> str:
+    """Ratios and shares of the run's energy report, if one lies in its folder."""
+    facts = _numbers(run.energy)
+    return _table("## Energy", "what", "value", facts) if facts else ""
+
+
+def _numbers(report: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """A report's single values, keys joined by dots; lists, such as the layers, are left out."""
+    found: dict[str, str] = {}
+    for key, value in report.items():
+        if isinstance(value, dict):
+            found |= _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float | str):
+            found[prefix + key] = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return found
+
+
+def _checksums(run: Run) -> str:
+    sums = {path.name: f"`{digest(path, like='0' * 64)}`" for path in sorted(run.folder.glob("model*.safetensors"))}
+    return _table("## Checksums", "file", "sha256", sums)
+
+
+def _table(title: str, left: str, right: str, rows: dict[str, str]) -> str:
+    return "\n".join([title, "", f"| {left} | {right} |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+
+def _head_of(model: PreTrainedModel) -> str:
+    return next((head for head in _PIPELINES if type(model).__name__.endswith(head)), "")
+
+
+def _name(source: str) -> tuple[str, str | None]:
+    """The name to show for a path, package or Hub id, and the Hub id if it is one; no path of this machine is shown."""
+    local = Path(source).exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source
+    return (Path(source).stem or "?", None) if local and source else (source, source if "/" in source else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold one JSON object, found {type(content).__name__}")
+    return content

@@ -11,17 +11,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import load
 from torch import nn
 from transformers import set_seed
 
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.train.files import flush
+from snlp_zoo.train.processes import others_lost
 from snlp_zoo.train.recipe import TrainPart
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class Checkpoints:
@@ -32,7 +32,7 @@ class Checkpoints:
         folder: holds nothing else.
     """
 
-    def __init__(self, accelerator: "Accelerator", module: nn.Module, folder: Path, settings: TrainPart) -> None:
+    def __init__(self, accelerator: Accelerator, module: nn.Module, folder: Path, settings: TrainPart) -> None:
         self.accelerator, self.module, self.folder, self.settings = accelerator, module, folder, settings
         if not accelerator.is_fsdp2:  # names without "module.", so that any number of processes can read them
             accelerator.register_save_state_pre_hook(self._unwrap_saved)
@@ -72,7 +72,7 @@ class Checkpoints:
                 for old in self.all()[: -self.settings.keep_checkpoints]:
                     shutil.rmtree(old)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            if isinstance(error, CheckpointError):
+            if isinstance(error, CheckpointError) or others_lost(error):
                 raise
             raise CheckpointError(f"cannot write {target}: {error}; the checkpoints before are unchanged") from error
         self.accelerator.wait_for_everyone()
@@ -106,14 +106,15 @@ class Checkpoints:
         try:
             state = json.loads((last / "progress.json").read_text(encoding="utf-8"))
             same = state["processes"] == self.accelerator.num_processes
-            random_states = last / f"random_states_{rank if same else 0}.pkl"
-            if not (random_states.is_file() and random_states.stat().st_size):
-                raise FileNotFoundError(f"{random_states.name} is missing or empty")  # accelerate would go on without
+            if same:
+                load(last / f"random_states_{rank}.pkl")  # accelerate would go on without it
             self.accelerator.load_state(str(last))
             take(state)
             if not same:
                 set_seed(self.settings.seed + state["progress"]["step"] + rank)
         except Exception as error:  # json, safetensors and torch each raise their own
+            if others_lost(error):
+                raise
             raise CheckpointError(
                 f"cannot resume from {last}: {' '.join(str(error).split())[:300]}; delete that folder to "
                 "resume from the one before, or start without --resume"
@@ -122,3 +123,15 @@ class Checkpoints:
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted(self.folder.glob("step_*"))
+
+
+def started_with(folder: Path, batch_size: int) -> int:
+    """The global batch of the run whose checkpoints these are, or `batch_size` where there are none.
+
+    It stays when the number of processes changes, so that steps and epochs keep their meaning.
+    """
+    try:
+        last = max(folder.glob("step_*"))
+        return json.loads((last / "progress.json").read_text(encoding="utf-8"))["batch_size"]
+    except (OSError, ValueError, KeyError):  # none yet, or damaged: `load` says so
+        return batch_size

@@ -35,10 +35,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler
 
 from snlp_zoo.distill.distiller import Distiller
-from snlp_zoo.errors import CheckpointError, DataError
+from snlp_zoo.errors import CheckpointError, DataError, Interrupted
 from snlp_zoo.train.checkpoints import Checkpoints
 from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
 from snlp_zoo.train.metrics import score
+from snlp_zoo.train.processes import StopSignals
 from snlp_zoo.train.recipe import TrainPart
 
 Weights = dict[str, Tensor]
@@ -188,6 +189,7 @@ class Trainer:
         self.distiller: Distiller = accelerator.unwrap_model(self.module)
         register_fsdp_forward_method(self.distiller, "losses_and_rate")  # does nothing without FSDP2
         self.checkpoints = Checkpoints(accelerator, self.module, folder / "checkpoints", settings)
+        self.stop = StopSignals(accelerator.num_processes)
         self.weights = torch.tensor(list(weights.values()), device=accelerator.device)
         per_epoch = -(-len(self.loader) // settings.gradient_accumulation_steps)
         planned = per_epoch * settings.epochs
@@ -200,7 +202,15 @@ class Trainer:
         set_seed(settings.seed, device_specific=True)
 
     def run(self, resume: bool, label: str) -> Progress:
-        """Train to the end, or from the last checkpoint to the end."""
+        """Train to the end, or from the last checkpoint to the end.
+
+        Raises:
+            Interrupted: told to stop by SIGTERM or SIGUSR1; a checkpoint is saved.
+        """
+        with self.stop:
+            return self._run(resume, label)
+
+    def _run(self, resume: bool, label: str) -> Progress:
         if resume:
             self._load_checkpoint()
         self._trim_metrics()
@@ -213,6 +223,8 @@ class Trainer:
                 losses = self._step(window)
                 bar.update()
                 self._after_step(losses, len(window))
+                if self.stop.received_by_any():
+                    self._stop()
                 if progress.done:
                     break
             else:
@@ -251,6 +263,10 @@ class Trainer:
             self._evaluate()
         if progress.step % self.save_steps == 0 or progress.done:
             self._save_checkpoint()
+
+    def _stop(self) -> None:
+        self._save_checkpoint()
+        raise Interrupted(f"told to stop; step {self.progress.step} is saved in {self.folder}: go on with --resume")
 
     def _log_losses(self, losses: Tensor) -> None:
         losses = self.accelerator.reduce(losses, "sum")
@@ -302,7 +318,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self) -> None:
-        state = {"progress": asdict(self.progress), "scheduler": self.scheduler.state_dict()}
+        state = {
+            "progress": asdict(self.progress),
+            "scheduler": self.scheduler.state_dict(),
+            "batch_size": self.loader.batch_sampler.batch_size,  # type: ignore[union-attr]
+        }
         self.checkpoints.save(self.progress.step, state)
 
     def _load_checkpoint(self) -> None:

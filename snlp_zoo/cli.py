@@ -33,7 +33,9 @@ def main() -> None:
         app()
     except SnlpError as error:
         if not speaks and not isinstance(error, Interrupted):
-            time.sleep(3)  # most mistakes are everybody's: rank 0 says it, and the launcher ends this process meanwhile
+            time.sleep(
+                20
+            )  # most mistakes are everybody's: rank 0 says it, and the launcher ends this process meanwhile
         if speaks or not isinstance(error, Interrupted):
             typer.echo(f"snlp-zoo: {error}", err=True)
         sys.exit(error.exit_code)

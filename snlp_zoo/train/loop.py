@@ -7,7 +7,7 @@ Everything that decides the next step lies in the checkpoint, so a resumed run c
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import islice
@@ -207,8 +207,21 @@ class Trainer:
         Raises:
             Interrupted: told to stop by SIGTERM or SIGUSR1; a checkpoint is saved.
         """
-        with self.stop:
+        with self.stop, self._tracked():
             return self._run(resume, label)
+
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        accelerator = self.accelerator
+        if self.settings.tracker:
+            accelerator.log_with, accelerator.logging_dir = [self.settings.tracker], self.folder
+            accelerator.init_trackers(self.folder.name, self.settings.model_dump())
+        try:
+            yield
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+            accelerator.trackers = []
 
     def _run(self, resume: bool, label: str) -> Progress:
         if resume:
@@ -311,6 +324,7 @@ class Trainer:
                 raise CheckpointError(f"cannot write {self.folder / 'metrics.jsonl'}: {error}") from error
 
         self._on_main(append)
+        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, row["step"])
 
     def _on_main(self, action: Callable[[], None]) -> None:
         if self.accelerator.is_main_process:

@@ -14,7 +14,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,10 @@ def finish(process: Any, folder: Path) -> None:
         raise SystemExit(f"kill_runs: a run that nobody killed ended with code {process.exitcode}:\n{log[-3000:]}")
 
 
-def moments(count: int, seed: int, seconds: float) -> list[tuple[str, Callable[[Path, float], bool]]]:
-    """Name and test (run folder, seconds since training began) of each moment."""
-    draw, found = random.Random(seed), []  # noqa: S311
-    for number in range(count):
+def moments(seed: int, seconds: float) -> Iterator[tuple[str, Callable[[Path, float], bool]]]:
+    """Name and test (run folder, seconds since training began) of each moment, without end."""
+    draw = random.Random(seed)  # noqa: S311
+    for number in count():
         at, nth = draw.uniform(0, seconds), draw.randint(1, 6)
         kinds: list[tuple[str, Callable[[Path, float], bool]]] = [
             (f"after {at:.2f} s", lambda _, passed, at=at: passed >= at),
@@ -55,8 +56,7 @@ def moments(count: int, seed: int, seconds: float) -> list[tuple[str, Callable[[
             (f"after {at:.2f} s", lambda _, passed, at=at: passed >= at),
             ("while a model is written", lambda f, _: any(f.glob(".model.new/*"))),
         ]
-        found.append(kinds[number % 4])
-    return found
+        yield kinds[number % 4]
 
 
 def writing(folder: Path, prefix: str, step: int) -> bool:
@@ -85,7 +85,7 @@ def kill_at(options: argparse.Namespace, folder: Path, moment: Callable[[Path, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--points", type=int, default=20)
+    parser.add_argument("--points", type=int, default=20, help="runs that are killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], help="as of `snlp-zoo distill`")
     options = parser.parse_args()
@@ -99,7 +99,7 @@ def main() -> None:
         began = time.monotonic()
         finish(process, whole)
         seconds, failed, killed = time.monotonic() - began, 0, 0
-        for number, (name, moment) in enumerate(moments(options.points, options.seed, 0.7 * seconds), start=1):
+        for number, (name, moment) in enumerate(moments(options.seed, 0.6 * seconds), start=1):
             broken = Path(scratch, f"broken{number}")
             left = kill_at(options, broken, moment)
             killed += bool(left)
@@ -110,7 +110,9 @@ def main() -> None:
             log = broken.with_suffix(".log").read_text()
             verdict = "same bytes" if same else f"DIFFERS, code {process.exitcode} {log[-1000:]}"
             print(f"{number:>3} {name}: {left or 'it had ended before'}: {verdict}", flush=True)
-    print(f"{killed} kills in {options.points} runs, {failed} resumed runs that failed or differ")
+            if killed == options.points:
+                break
+    print(f"{killed} kills, {failed} resumed runs that failed or differ")
     sys.exit(bool(failed))
 
 

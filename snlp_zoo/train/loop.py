@@ -214,7 +214,8 @@ class Trainer:
     def _tracked(self) -> Iterator[None]:
         accelerator = self.accelerator
         if self.settings.tracker:
-            accelerator.log_with, accelerator.logging_dir = [self.settings.tracker], self.folder
+            accelerator.log_with = [self.settings.tracker]
+            accelerator.project_configuration.logging_dir = str(self.folder)
             accelerator.init_trackers(self.folder.name, self.settings.model_dump())
         try:
             yield

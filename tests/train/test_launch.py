@@ -60,6 +60,7 @@ def test_two_processes_are_launched_on_cpus_and_one_of_them_writes(python, envir
     assert json.loads(progress.read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once(python, environment, make_recipe, tmp_path):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "snlp_zoo")
     recipe = make_recipe(teacher={"name": "/nowhere"})

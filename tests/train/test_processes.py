@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import snlp_zoo
 from snlp_zoo.distill.distiller import Distiller
@@ -90,6 +91,11 @@ def test_the_loss_curve_is_that_of_one_process(run, make_recipe, two_processes, 
     found = json.loads(done.stdout)  # one document: rank 0 alone prints
     assert found["student_accuracy"] == pytest.approx(summary["student_accuracy"])
     assert found["firing_rate"] == pytest.approx(summary["firing_rate"], abs=1e-3)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "two", one))
+    measured = [name for name in ours if name.endswith((".alpha", ".magnitude"))]
+    assert len(measured) == 2 * 2 * 8  # two layers of eight neurons
+    for name in measured:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
     warnings = [line for line in done.stderr.splitlines() if "texts were cut" in line]
     assert len(warnings) == len(set(warnings)) == 3
 
@@ -112,7 +118,7 @@ def test_a_teacher_tuned_and_a_narrower_student_taught_by_two(
     assert len(list((tmp_path / "other-cache" / "teachers").iterdir())) == 1
 
 
-@pytest.mark.parametrize("family", ["spikelm", "spikingbert"])
+@pytest.mark.parametrize("family", ["spikelm", pytest.param("spikingbert", marks=pytest.mark.slow)])
 def test_stages_and_text_without_labels_taught_by_two(
     run, make_recipe, two_processes, trained, metrics, tmp_path, family
 ):
@@ -184,6 +190,7 @@ def test_sharded_training_is_that_of_one_process(run, make_recipe, two_processes
         assert_same_curves(metrics(tmp_path / "two" / stage), metrics(one / stage))
 
 
+@pytest.mark.slow
 def test_one_process_told_to_stop_stops_all_and_they_go_on(make_recipe, two_processes, trained, metrics, tmp_path):
     recipe = make_recipe(train={"batch_size": 8, "epochs": 1})
     arguments = (recipe, "--output-dir", tmp_path / "two")
@@ -222,6 +229,7 @@ def test_a_row_of_padding_gives_finite_losses_and_gradients(entry):
     assert _never_empty(whole, whole) is whole
 
 
+@pytest.mark.slow
 def test_a_teacher_tuned_by_two_one_text_at_a_time(run, make_recipe, two_processes, own_cache, metrics, tmp_path):
     teacher = {"train": {"epochs": 1, "max_steps": 4, "batch_size": 1, "logging_steps": 1, "eval_batch_size": 3}}
     settings = SETTINGS | {"epochs": 1, "max_steps": 1}

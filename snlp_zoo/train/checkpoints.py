@@ -34,6 +34,7 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, module: nn.Module, folder: Path, settings: TrainPart) -> None:
         self.accelerator, self.module, self.folder, self.settings = accelerator, module, folder, settings
+        self.last_step: int | None = None  # of the checkpoint saved or loaded last
         if not accelerator.is_fsdp2:  # names without "module.", so that any number of processes can read them
             accelerator.register_save_state_pre_hook(self._unwrap_saved)
             accelerator.register_load_state_pre_hook(self._unwrap_loaded)
@@ -50,6 +51,8 @@ class Checkpoints:
         Raises:
             CheckpointError: it cannot be written; those before are untouched.
         """
+        if step == self.last_step:
+            return
         main, target = self.accelerator.is_main_process, self.folder / f"step_{step:07d}"
         aside = target.with_name(f".{target.name}.new")
         try:
@@ -66,22 +69,21 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             if main:
                 flush(aside)
-                shutil.rmtree(target, ignore_errors=True)
                 os.replace(aside, target)
                 flush(self.folder, files=False)
-                for old in self.all()[: -self.settings.keep_checkpoints]:
-                    shutil.rmtree(old)
+                for old in self.all()[: -self.settings.keep_checkpoints]:  # half removed, it must not look whole
+                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             if isinstance(error, CheckpointError) or others_lost(error):
                 raise
             raise CheckpointError(f"cannot write {target}: {error}; the checkpoints before are unchanged") from error
         self.accelerator.wait_for_everyone()
+        self.last_step = step
 
     def _check_space(self) -> None:
         weights = [*self.module.parameters(), *self.module.buffers()]
-        needed = sum(
-            w.numel() * w.element_size() * (3 if w.requires_grad else 1) for w in weights
-        )  # Adam's two moments
+        parts = [3 if w.requires_grad else 1 for w in weights]  # Adam keeps two moments
+        needed = sum(n * w.numel() * w.element_size() for n, w in zip(parts, weights, strict=True))
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise CheckpointError(
                 f"a checkpoint needs {needed:,} bytes and {self.folder} has {free:,} free; make room, or lower "
@@ -110,6 +112,7 @@ class Checkpoints:
                 load(last / f"random_states_{rank}.pkl")  # accelerate would go on without it
             self.accelerator.load_state(str(last))
             take(state)
+            self.last_step = state["progress"]["step"]
             if not same:
                 set_seed(self.settings.seed + state["progress"]["step"] + rank)
         except Exception as error:  # json, safetensors and torch each raise their own

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler
 
 from snlp_zoo.distill.distiller import Distiller
-from snlp_zoo.errors import CheckpointError, DataError, Interrupted
+from snlp_zoo.errors import CheckpointError, DataError, Interrupted, RecipeError
 from snlp_zoo.train.checkpoints import Checkpoints
 from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
 from snlp_zoo.train.metrics import score
@@ -369,6 +369,8 @@ def _part(weights: Weights, prefix: str) -> Weights:
 def _shard_by_layer(accelerator: Accelerator, distiller: Distiller) -> None:
     """Let FSDP2 gather one layer of this student at a time, and the student by itself, to evaluate it."""
     plugin, student = accelerator.state.fsdp_plugin, distiller.student
+    if getattr(student.config, "alpha_mode", None) == "learned":
+        raise RecipeError("alpha_mode 'learned' measures its start in whole weights, FSDP2 has shards; use DDP")
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     present = {type(module).__name__ for module in student.modules()}
     layers = present.intersection(student._no_split_modules or ())

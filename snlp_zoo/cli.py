@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snlp_zoo.doctor import torchvision_mismatch
-from snlp_zoo.errors import BackendError, SnlpError
+from snlp_zoo.errors import BackendError, Interrupted, SnlpError
 
 app = typer.Typer(
     help="Spiking language models: list, train, evaluate, predict.",
@@ -26,14 +27,20 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object in
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's is one sentence and exit code 2."""
-    level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR  # one process speaks
+    """Run the command line; a mistake of the user's is one sentence and exit code 2, a run told to stop has code 75."""
+    speaks = os.environ.get("RANK", "0") == "0"  # one process
+    level = logging.WARNING if speaks else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         app()
     except SnlpError as error:
-        typer.echo(f"snlp-zoo: {error}", err=True)
-        sys.exit(2)
+        if not speaks and not isinstance(error, Interrupted):
+            time.sleep(
+                20
+            )  # most mistakes are everybody's: rank 0 says it, and the launcher ends this process meanwhile
+        if speaks or not isinstance(error, Interrupted):
+            typer.echo(f"snlp-zoo: {error}", err=True)
+        sys.exit(error.exit_code)
     except Exception:
         if problem := torchvision_mismatch():  # nothing that needs transformers can run
             typer.echo(f"snlp-zoo: {problem}", err=True)

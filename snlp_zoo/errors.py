@@ -1,8 +1,10 @@
-"""Errors a user can cause and mend. The command line prints the message alone and exits with code 2."""
+"""Errors a user can cause and mend. The command line prints the message alone and exits with their code."""
 
 
 class SnlpError(Exception):
     """Says what is wrong, the value that is wrong, and what to do about it, in one or two sentences."""
+
+    exit_code = 2
 
 
 class BackendError(SnlpError, RuntimeError):
@@ -23,6 +25,16 @@ class CheckpointError(SnlpError, OSError):
 
 class HubError(CheckpointError):
     """The Hub refuses, cannot be reached, or does not hold what was sent."""
+
+
+class ProcessError(SnlpError, RuntimeError):
+    """Another process of the same run is gone."""
+
+
+class Interrupted(SnlpError):
+    """A run was told to stop, has saved a checkpoint and can go on: try again later, as sysexits.h says."""
+
+    exit_code = 75  # EX_TEMPFAIL
 
 
 class ConvergenceError(SnlpError, ArithmeticError):

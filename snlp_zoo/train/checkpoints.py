@@ -11,17 +11,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import load
 from torch import nn
 from transformers import set_seed
 
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.train.files import flush
+from snlp_zoo.train.processes import others_lost
 from snlp_zoo.train.recipe import TrainPart
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class Checkpoints:
@@ -32,8 +32,9 @@ class Checkpoints:
         folder: holds nothing else.
     """
 
-    def __init__(self, accelerator: "Accelerator", module: nn.Module, folder: Path, settings: TrainPart) -> None:
+    def __init__(self, accelerator: Accelerator, module: nn.Module, folder: Path, settings: TrainPart) -> None:
         self.accelerator, self.module, self.folder, self.settings = accelerator, module, folder, settings
+        self.last_step: int | None = None  # of the checkpoint saved or loaded last
         if not accelerator.is_fsdp2:  # names without "module.", so that any number of processes can read them
             accelerator.register_save_state_pre_hook(self._unwrap_saved)
             accelerator.register_load_state_pre_hook(self._unwrap_loaded)
@@ -50,6 +51,8 @@ class Checkpoints:
         Raises:
             CheckpointError: it cannot be written; those before are untouched.
         """
+        if step == self.last_step:
+            return
         main, target = self.accelerator.is_main_process, self.folder / f"step_{step:07d}"
         aside = target.with_name(f".{target.name}.new")
         try:
@@ -66,22 +69,21 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             if main:
                 flush(aside)
-                shutil.rmtree(target, ignore_errors=True)
                 os.replace(aside, target)
                 flush(self.folder, files=False)
-                for old in self.all()[: -self.settings.keep_checkpoints]:
-                    shutil.rmtree(old)
+                for old in self.all()[: -self.settings.keep_checkpoints]:  # half removed, it must not look whole
+                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            if isinstance(error, CheckpointError):
+            if isinstance(error, CheckpointError) or others_lost(error):
                 raise
             raise CheckpointError(f"cannot write {target}: {error}; the checkpoints before are unchanged") from error
         self.accelerator.wait_for_everyone()
+        self.last_step = step
 
     def _check_space(self) -> None:
         weights = [*self.module.parameters(), *self.module.buffers()]
-        needed = sum(
-            w.numel() * w.element_size() * (3 if w.requires_grad else 1) for w in weights
-        )  # Adam's two moments
+        parts = [3 if w.requires_grad else 1 for w in weights]  # Adam keeps two moments
+        needed = sum(n * w.numel() * w.element_size() for n, w in zip(parts, weights, strict=True))
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise CheckpointError(
                 f"a checkpoint needs {needed:,} bytes and {self.folder} has {free:,} free; make room, or lower "
@@ -106,14 +108,16 @@ class Checkpoints:
         try:
             state = json.loads((last / "progress.json").read_text(encoding="utf-8"))
             same = state["processes"] == self.accelerator.num_processes
-            random_states = last / f"random_states_{rank if same else 0}.pkl"
-            if not (random_states.is_file() and random_states.stat().st_size):
-                raise FileNotFoundError(f"{random_states.name} is missing or empty")  # accelerate would go on without
+            if same:
+                load(last / f"random_states_{rank}.pkl")  # accelerate would go on without it
             self.accelerator.load_state(str(last))
             take(state)
+            self.last_step = state["progress"]["step"]
             if not same:
                 set_seed(self.settings.seed + state["progress"]["step"] + rank)
         except Exception as error:  # json, safetensors and torch each raise their own
+            if others_lost(error):
+                raise
             raise CheckpointError(
                 f"cannot resume from {last}: {' '.join(str(error).split())[:300]}; delete that folder to "
                 "resume from the one before, or start without --resume"
@@ -122,3 +126,15 @@ class Checkpoints:
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted(self.folder.glob("step_*"))
+
+
+def started_with(folder: Path, batch_size: int) -> int:
+    """The global batch of the run whose checkpoints these are, or `batch_size` where there are none.
+
+    It stays when the number of processes changes, so that steps and epochs keep their meaning.
+    """
+    try:
+        last = max(folder.glob("step_*"))
+        return json.loads((last / "progress.json").read_text(encoding="utf-8"))["batch_size"]
+    except (OSError, ValueError, KeyError):  # none yet, or damaged: `load` says so
+        return batch_size

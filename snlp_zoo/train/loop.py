@@ -7,7 +7,7 @@ Everything that decides the next step lies in the checkpoint, so a resumed run c
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import islice
@@ -35,10 +35,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler
 
 from snlp_zoo.distill.distiller import Distiller
-from snlp_zoo.errors import CheckpointError, DataError
+from snlp_zoo.errors import CheckpointError, DataError, Interrupted, RecipeError
 from snlp_zoo.train.checkpoints import Checkpoints
 from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
 from snlp_zoo.train.metrics import score
+from snlp_zoo.train.processes import StopSignals
 from snlp_zoo.train.recipe import TrainPart
 
 Weights = dict[str, Tensor]
@@ -188,6 +189,7 @@ class Trainer:
         self.distiller: Distiller = accelerator.unwrap_model(self.module)
         register_fsdp_forward_method(self.distiller, "losses_and_rate")  # does nothing without FSDP2
         self.checkpoints = Checkpoints(accelerator, self.module, folder / "checkpoints", settings)
+        self.stop = StopSignals(accelerator.num_processes)
         self.weights = torch.tensor(list(weights.values()), device=accelerator.device)
         per_epoch = -(-len(self.loader) // settings.gradient_accumulation_steps)
         planned = per_epoch * settings.epochs
@@ -200,7 +202,29 @@ class Trainer:
         set_seed(settings.seed, device_specific=True)
 
     def run(self, resume: bool, label: str) -> Progress:
-        """Train to the end, or from the last checkpoint to the end."""
+        """Train to the end, or from the last checkpoint to the end.
+
+        Raises:
+            Interrupted: told to stop by SIGTERM or SIGUSR1; a checkpoint is saved.
+        """
+        with self.stop, self._tracked():
+            return self._run(resume, label)
+
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        accelerator = self.accelerator
+        if self.settings.tracker:
+            accelerator.log_with = [self.settings.tracker]
+            accelerator.project_configuration.logging_dir = str(self.folder)
+            accelerator.init_trackers(self.folder.name, self.settings.model_dump())
+        try:
+            yield
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+            accelerator.trackers = []
+
+    def _run(self, resume: bool, label: str) -> Progress:
         if resume:
             self._load_checkpoint()
         self._trim_metrics()
@@ -213,6 +237,8 @@ class Trainer:
                 losses = self._step(window)
                 bar.update()
                 self._after_step(losses, len(window))
+                if self.stop.received_by_any():
+                    self._stop()
                 if progress.done:
                     break
             else:
@@ -251,6 +277,10 @@ class Trainer:
             self._evaluate()
         if progress.step % self.save_steps == 0 or progress.done:
             self._save_checkpoint()
+
+    def _stop(self) -> None:
+        self._save_checkpoint()
+        raise Interrupted(f"told to stop; step {self.progress.step} is saved in {self.folder}: go on with --resume")
 
     def _log_losses(self, losses: Tensor) -> None:
         losses = self.accelerator.reduce(losses, "sum")
@@ -295,6 +325,7 @@ class Trainer:
                 raise CheckpointError(f"cannot write {self.folder / 'metrics.jsonl'}: {error}") from error
 
         self._on_main(append)
+        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, row["step"])
 
     def _on_main(self, action: Callable[[], None]) -> None:
         if self.accelerator.is_main_process:
@@ -302,7 +333,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self) -> None:
-        state = {"progress": asdict(self.progress), "scheduler": self.scheduler.state_dict()}
+        state = {
+            "progress": asdict(self.progress),
+            "scheduler": self.scheduler.state_dict(),
+            "batch_size": self.loader.batch_sampler.batch_size,  # type: ignore[union-attr]
+        }
         self.checkpoints.save(self.progress.step, state)
 
     def _load_checkpoint(self) -> None:
@@ -334,6 +369,8 @@ def _part(weights: Weights, prefix: str) -> Weights:
 def _shard_by_layer(accelerator: Accelerator, distiller: Distiller) -> None:
     """Let FSDP2 gather one layer of this student at a time, and the student by itself, to evaluate it."""
     plugin, student = accelerator.state.fsdp_plugin, distiller.student
+    if getattr(student.config, "alpha_mode", None) == "learned":
+        raise RecipeError("alpha_mode 'learned' measures its start in whole weights, FSDP2 has shards; use DDP")
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     present = {type(module).__name__ for module in student.modules()}
     layers = present.intersection(student._no_split_modules or ())

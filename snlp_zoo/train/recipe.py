@@ -6,6 +6,7 @@ list of named changes to the recipe's own keys, trained one after another.
 """
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,6 +71,14 @@ class TrainPart(_Part):
     keep_checkpoints: int = Field(2, ge=1)
     early_stopping_patience: int | None = Field(None, ge=1)  # evaluations without a better one
     seed: int = 0
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets what metrics.jsonl gets
+
+    @field_validator("tracker")
+    @classmethod
+    def _installed(cls, tracker: str | None) -> str | None:
+        if tracker and not find_spec(tracker):
+            raise RecipeError(f"train.tracker: {tracker!r} is not installed; pip install {tracker}, or leave it out")
+        return tracker
 
 
 class TeacherPart(_Part):

@@ -16,10 +16,12 @@ from snlp_zoo.data.batches import loader, tokenise
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError
+from snlp_zoo.train.checkpoints import started_with
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
 from snlp_zoo.train.job import Job, load_data, status
 from snlp_zoo.train.loop import Progress, Trainer, Weights, evaluate, make_accelerator
 from snlp_zoo.train.metrics import bag_of_words_baseline
+from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
 from snlp_zoo.train.student import load_projection, make_student, save_projection, student_config
 from snlp_zoo.train.teacher import check_attention_scores, load_tokenizer, prepare_teacher
@@ -53,7 +55,16 @@ def distill(
         stages the last one's, and all of them as "stages".
     Raises:
         SnlpError: anything wrong with the recipe, the data or the folder; nothing is written before both are read.
+        Interrupted: SIGTERM or SIGUSR1 came while a model was trained; `resume` goes on.
+        ProcessError: another process of the run is gone.
     """
+    with loss_of_others_explained():
+        return _distill(entry_or_recipe, output_dir, overrides, resume)
+
+
+def _distill(
+    entry_or_recipe: str, output_dir: str | Path | None, overrides: list[str] | None, resume: bool
+) -> dict[str, Any]:
     started = time.monotonic()
     recipe = load_recipe(entry_or_recipe, overrides)
     folder = Path(output_dir or Path("runs") / recipe.name)
@@ -212,7 +223,10 @@ def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> Prog
         job.tokenizer.save_pretrained(target)
         save_projection(projection, target)
 
-    loaders = job.loaders(settings, settings.batch_size * job.accelerator.num_processes)
+    batch_size = settings.batch_size * job.accelerator.num_processes
+    if job.resume:
+        batch_size = started_with(job.folder / "checkpoints", batch_size)
+    loaders = job.loaders(settings, batch_size)
     weights = {name: part.weight for name, part in recipe.objectives.items()}
     trainer = Trainer(job.accelerator, distiller, loaders, settings, weights, job.folder, save_model)
     return trainer.run(job.resume, "distil")

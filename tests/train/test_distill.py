@@ -419,6 +419,23 @@ def test_accumulating_two_halves_equals_the_whole_batch(teacher_folder, tmp_path
     assert halves == pytest.approx(whole, abs=1e-5)
 
 
+def test_a_tracker_gets_what_the_log_gets(run, metrics):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = run(train={"max_steps": 3, "tracker": "tensorboard"})
+    read = [EventAccumulator(str(path)).Reload() for path in folder.glob("*/events.out.tfevents.*")]
+    (found,) = [log.Scalars("loss") for log in read if "loss" in log.Tags()["scalars"]]
+    rows = [row for row in metrics(folder) if "loss" in row]
+    assert [event.step for event in found] == [row["step"] for row in rows] == [1, 2, 3]
+    assert [event.value for event in found] == pytest.approx([row["loss"] for row in rows], abs=1e-6)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(make_recipe, monkeypatch):
+    monkeypatch.setattr(snlp_zoo.train.recipe, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"'trackio' is not installed; pip install trackio"):
+        load_recipe(str(make_recipe(train={"tracker": "trackio"})))
+
+
 def test_an_epoch_whose_last_window_is_not_full_is_counted_right(run, metrics):
     """Six batches in windows of four: two steps an epoch, the second over two batches."""
     folder, _ = run(train={"gradient_accumulation_steps": 4})

@@ -1,5 +1,6 @@
 """A stopped run that goes on gives what it would have given: dropout and shuffling come from the checkpoint too."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,8 @@ def test_resume_without_the_overrides_keeps_them(run, stop_at, make_recipe, tmp_
         ("progress.json", lambda data: b'{"progress": {"step": 6}}'),
         ("progress.json", None),
         ("random_states_0.pkl", lambda data: b""),
+        ("random_states_0.pkl", lambda data: data[: len(data) // 2]),
+        ("random_states_0.pkl", None),
     ],
 )
 def test_a_damaged_checkpoint_is_named(unbroken, go_on, tmp_path, name, damage):
@@ -217,6 +220,38 @@ def test_without_the_damaged_checkpoint_the_one_before_serves(unbroken, go_on, t
 
 
 # ---- real processes ----
+
+
+def test_a_process_told_to_stop_saves_and_goes_on_byte_for_byte(unbroken, make_recipe, environment, trained, tmp_path):
+    """As schedulers do, by SIGTERM: exit code 75, a checkpoint of that very step, and nothing lost."""
+    recipe = make_recipe(**CHANGES)
+    command = [sys.executable, "-m", "snlp_zoo", "distill", str(recipe), "--output-dir", str(tmp_path / "run")]
+    options = {"env": environment, "cwd": tmp_path, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **options)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.005)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    last = max((tmp_path / "run" / "checkpoints").iterdir())
+    progress = json.loads((last / "progress.json").read_text())["progress"]
+    assert f"told to stop; step {progress['step']} is saved in {tmp_path / 'run'}: go on with --resume" in errors
+    assert progress["step"] < 12
+    done = subprocess.run([*command, "--resume"], timeout=120, **options)
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (unbroken[0] / name).read_bytes(), name
+
+
+def test_a_full_disk_is_said_before_anything_is_written(run, monkeypatch, tmp_path):
+    free = iter([10**9, 10**9, 1000])  # a teacher may be tuned first
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free, 1000)))
+    with pytest.raises(CheckpointError, match=r"a checkpoint needs [\d,]+ bytes and .*checkpoints has 1,000 free"):
+        run(into=tmp_path / "run", train={"save_steps": 1})
+    for path in tmp_path.glob("run/**/checkpoints/*"):
+        assert (path / "progress.json").is_file()
 
 
 def test_a_killed_process_goes_on_byte_for_byte(make_recipe, environment, trained, metrics, tmp_path):

@@ -249,9 +249,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, body: bytes, name: str, revision: str | None = None) -> None:
         oid, files = self.revision(name, revision or "main")
         siblings = [{"rfilename": path} for path in files]
-        raise Answer(
-            200, {"id": name, "modelId": name, "sha": oid, "private": self.repo(name).private, "siblings": siblings}
-        )
+        raise Answer(200, {"id": name, "sha": oid, "private": self.repo(name).private, "siblings": siblings})
 
     def tree(self, body: bytes, name: str, revision: str) -> None:
         _, files = self.revision(name, revision)
@@ -353,9 +351,7 @@ class Handler(BaseHTTPRequestHandler):
         if name not in STATE.repos:
             raise Answer(200, None)
         repo = STATE.repos[name]
-        commits = {
-            oid: {path: sha256(content) for path, (content, _) in files.items()} for oid, files in repo.commits.items()
-        }
+        commits = {oid: {path: sha256(file[0]) for path, file in files.items()} for oid, files in repo.commits.items()}
         raise Answer(200, {"private": repo.private, "branches": repo.branches, "commits": commits})
 
     def plant(self, body: bytes, name: str) -> None:

@@ -218,7 +218,7 @@ def test_indices_that_do_not_fit(sharded):
     for changes, message in [
         ({"weight_map": []}, "must hold 'metadata' and a 'weight_map'"),
         ({"metadata": None}, "must hold 'metadata' and a 'weight_map'"),
-        ({"weight_map": json.loads(text)["weight_map"] | {"x": shards[0]}}, "x should be in model-00001.*, is in None"),
+        ({"weight_map": json.loads(text)["weight_map"] | {"x": shards[0]}}, "'x' should be in model-00001.*, is in No"),
     ]:
         index.write_text(text)
         edit(index, **changes)
@@ -229,7 +229,7 @@ def test_indices_that_do_not_fit(sharded):
     placed, content["weight_map"][moved] = content["weight_map"][moved], shards[-1]
     assert placed != shards[-1]
     index.write_text(json.dumps(content))
-    refused(sharded, f"{re.escape(moved)} should be in {shards[-1]}, is in {placed}")
+    refused(sharded, f"'{re.escape(moved)}' should be in {shards[-1]}, is in {placed}")
     index.write_text(text)
     (sharded / shards[1]).rename(sharded / "away")
     refused(sharded, f"{shards[1]} is missing; save or download it again")

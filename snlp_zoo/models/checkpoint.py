@@ -130,8 +130,8 @@ def stored_weights(folder: Path, fetch: Fetch, variant: str | None = None) -> di
     places = {name: stored.file.name for name, stored in held.items()}
     if wrong := sorted(name for name in places.keys() | placed.keys() if places.get(name) != placed.get(name)):
         raise CheckpointError(
-            f"cannot load {index}: {wrong[0][:80]} should be in {placed.get(wrong[0])}, is in {places.get(wrong[0])}; "
-            "save the model again"
+            f"cannot load {index}: {wrong[0][:80]!r} should be in {placed.get(wrong[0])}, is in "
+            f"{places.get(wrong[0])}; save the model again"
         )
     return held
 
@@ -201,7 +201,7 @@ def check_weights(
 
 
 def _few(found: list[str]) -> str:
-    shown = "; ".join(text[:200] for text in found[:3])
+    shown = "; ".join(" ".join(text[:200].split()) for text in found[:3])  # names from a file may hold line breaks
     return shown if len(found) <= 3 else f"{shown} and {len(found) - 3} more"
 
 

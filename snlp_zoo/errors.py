@@ -23,3 +23,7 @@ class CheckpointError(SnlpError, OSError):
 
 class ConvergenceError(SnlpError, ArithmeticError):
     """A fixed point was not reached: too few iterations, feedback too strong, or a step that is not finite."""
+
+
+class EnergyError(SnlpError, ValueError):
+    """An energy estimate cannot be made: nothing spikes, an operation nobody priced, spikes that are none, a bad cost."""

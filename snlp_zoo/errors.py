@@ -26,4 +26,4 @@ class ConvergenceError(SnlpError, ArithmeticError):
 
 
 class EnergyError(SnlpError, ValueError):
-    """An energy estimate cannot be made: nothing spikes, an operation nobody priced, spikes that are none, a bad cost."""
+    """An energy estimate cannot be made: nothing spikes, an operation has no price, spikes are none, a cost is bad."""

@@ -1,4 +1,4 @@
-"""What an operation and a byte cost: frozen, cited tables in picojoules, and the firing rate at which spikes break even.
+"""What an operation and a byte cost: frozen, cited tables in picojoules, and the firing rate where spikes break even.
 
 Counts name primitives: add, mul, div, exp (floats), iadd (integer accumulate), imul8 (8-bit integer multiply), event
 (one spike looked up by its address). A table says what each costs; a report carries the table's name and hash.

@@ -15,8 +15,6 @@ import torch
 from spikingjelly.activation_based import neuron
 from spikingjelly.activation_based.op_counter import BaseCounter, DispatchCounterMode
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -73,14 +71,13 @@ class Counting(BaseCounter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.ignore_modules = [neuron.BaseNode]
         self.rows: dict[tuple[str, str, bool], Row] = {}
         self.operands: dict[Operand, int] = {}
         self.unpriced: dict[str, str] = {}
         self.problems: dict[str, str] = {}
         self.seen: Counter = Counter()
         self.steps: Counter = Counter()  # neuron -> time steps of all texts
-        self.looking = False  # at data ourselves: nothing the model does
+        self.inside = 0  # neurons: they are priced as a whole
         self.names = {module: name for name, module in model.named_modules()}
         self.modules = {name: module for module, name in self.names.items()}
         self.root = type(model).__name__
@@ -88,31 +85,23 @@ class Counting(BaseCounter):
         for weight in (*model.parameters(), *model.buffers()):
             self.tags[weight] = Tag(static=True)
 
-    def has_rule(self, func: Any) -> bool:
-        return True
-
-    def record(self, scope: str, func: Any, value: int) -> None:
-        """Rows are kept here, not SpikingJelly's sums by scope."""
-
     def row(self, name: str, role: str, timed: bool) -> Row:
         return self.rows.setdefault((name, role, timed), Row(name, role, timed))
 
     def tag(self, x: Any) -> Tag:
         return self.tags.get(x, Tag()) if isinstance(x, Tensor) else Tag(static=True)
 
-    def count(self, func, args, kwargs, out, active_modules=None, parent_names=None) -> int:
-        if self.looking:
-            return 0
+    def operation(self, func: Any, args: tuple, kwargs: dict, out: Any, path: str) -> None:
+        """One tensor operation inside the module `path`."""
         name = prices.plain_name(func._schema.name)
-        path = max(parent_names, key=len).removeprefix(self.root).removeprefix(".")
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        tags = [self.tag(x) for x in given]
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)] or [
+            x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        ]
         self.seen[name] += 1
-        made = self._rule(name, path, args, given, tags, out)
-        for x in tree_leaves(out):
+        made = self._rule(name, path, args, given, [self.tag(x) for x in given], out)
+        for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(x, Tensor):
                 self.tags[x] = made
-        return 0
 
     def _rule(self, name: str, path: str, args: tuple, given: list[Tensor], tags: list[Tag], out: Any) -> Tag:
         """Record what the operation takes; returns what its output is."""
@@ -134,6 +123,8 @@ class Counting(BaseCounter):
             return self._matmul(path, *operands, bias, out)
         if name == "snlp_zoo::bit_linear":
             return self._bit_linear(path, args, out)
+        if name.startswith("_scaled_dot_product"):
+            return self._attention(path, *given, tags=tags, fused=args)
         if name in prices.GATHERS:
             self._gather(path, given, tags, out, timed)
             return Tag(timed=timed)
@@ -160,9 +151,7 @@ class Counting(BaseCounter):
             return Tag("integer", tag.source, timed=tag.timed and not over_time, readout=over_time)
         return Tag(timed=tag.timed and not over_time, readout=over_time)
 
-    def _elementwise(
-        self, name: str, path: str, args: tuple, given: list[Tensor], tags: list[Tag], out: Any
-    ) -> Tag:
+    def _elementwise(self, name: str, path: str, args: tuple, given: list[Tensor], tags: list[Tag], out: Any) -> Tag:
         size = tree_leaves(out)[0].numel()
         timed, readout = any(tag.timed for tag in tags), any(tag.readout for tag in tags)
         spikes = [tag for tag in tags if tag.spikes]
@@ -198,7 +187,7 @@ class Counting(BaseCounter):
         return self._record(path, made, (a, b), tags, out, bias, scaled)
 
     def _bit_linear(self, path: str, args: tuple, out: Tensor) -> Tag:
-        x, codes, amplitude, _, bias, bits = args[:6]
+        x, codes, _, _, bias, bits = args[:6]
         weight = unpack_weight(codes, bits, x.shape[-1]).mT
         tags = [self.tag(x), Tag("lowbit", path, static=True)]
         rows = x.reshape(1, -1, x.shape[-1])
@@ -239,22 +228,32 @@ class Counting(BaseCounter):
             self.row(name, "scale", timed).counts["mul"] += out.numel()
         return Tag(timed=timed)
 
+    def _attention(self, path: str, query, key, value, *mask, tags: list[Tag], fused: tuple) -> Tag:
+        """Fused attention as two products and a softmax; their results need not exist to be counted."""
+        if any(x is True for x in fused) or query.shape[1] != key.shape[1]:
+            raise EnergyError(f"{path}: fused causal or grouped attention is not counted; write it out as products")
+        timed = any(tag.timed for tag in tags)
+        scores = query.new_empty(*query.shape[:-1], key.shape[-2])
+        self.tags[transposed := key.transpose(-1, -2)] = tags[1]
+        self.tags[scores] = self._matmul(path, query, transposed, [], scores)
+        self.row(path, "other", timed).counts["mul"] += scores.numel()
+        if mask and mask[0].any():  # without padding there is nothing to mask
+            self.row(path, "residual", timed).counts["add"] += scores.numel()
+        role, primitives = prices.ELEMENTWISE["_softmax"]
+        self.row(path, role, timed).counts.update({key: number * scores.numel() for key, number in primitives.items()})
+        return self._matmul(path, scores, value, [], query)
+
+    def entered(self, node: nn.Module, inputs: tuple) -> None:
+        """Forward pre-hook of every neuron."""
+        self.inside += 1
+
     def fired(self, node: nn.Module, inputs: tuple, spikes: Tensor) -> None:
         """Forward hook of every neuron: what it gave, and what its own arithmetic takes."""
-        self.looking = True
-        self._fired(node, spikes)
-        self.looking = False
-
-    def _fired(self, node: nn.Module, spikes: Tensor) -> None:
         name, kind = self.names[node], declared_kind(node)
         if node.step_mode != "m":
             raise EnergyError(f"{name}: step_mode is 's'; energy is counted over T at once, use step_mode='m'")
-        unit = kind in ("binary", "integer")
-        tag = Tag(kind, name, None if unit else step_amplitudes(spikes), timed=True)
-        problem = contradiction(spikes, Tag(kind, name, None if unit else spikes.new_ones(1)) if unit else tag)
-        for t in () if unit or problem else range(len(spikes)):
-            problem = problem or contradiction(spikes[t], Tag(kind, name, tag.amplitudes[t : t + 1]))
-        if problem:
+        tag = Tag(kind, name, None if kind in ("binary", "integer") else step_amplitudes(spikes), timed=True)
+        if problem := contradiction(spikes, tag, by_step=True):
             self.problems.setdefault(name, problem)
         leaks = not isinstance(node, neuron.IFNode) and getattr(node, "beta", 1) != 0
         row = self.row(name, "neuron", True)
@@ -264,24 +263,20 @@ class Counting(BaseCounter):
         row.fan_out = spikes[0].numel()
         self.steps[name] += len(spikes)
         self.tags[spikes] = tag
+        self.inside -= 1
 
 
-class _Decomposed(TorchFunctionMode):
-    """Fused attention as the two products and the softmax that it is."""
+class _Mode(DispatchCounterMode):
+    """SpikingJelly's mode and module tracker; each operation goes to our rules once, not to every enclosing scope."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == torch.bool):
-        raise EnergyError("fused causal, grouped or boolean-masked attention is not counted; write it out as products")
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if attn_mask is not None and attn_mask.any():  # without padding there is nothing to mask
-        scores = scores + attn_mask
-    return scores.softmax(-1) @ value
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        (counter,) = self.counters
+        if not counter.inside:
+            path = max(self.module_tracker.parents - {"Global"}, key=len, default="")
+            counter.operation(func, args, kwargs, out, path.partition(".")[2])
+        return out
 
 
 @contextmanager
@@ -293,11 +288,12 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     """
     counter = Counting(model)
     nodes = [module for module in model.modules() if isinstance(module, neuron.BaseNode)]
-    handles = [node.register_forward_hook(counter.fired) for node in nodes]
+    handles = [node.register_forward_pre_hook(counter.entered) for node in nodes]
+    handles += [node.register_forward_hook(counter.fired) for node in nodes]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), _Decomposed(), DispatchCounterMode([counter]):
+        with torch.no_grad(), _Mode([counter]):
             yield counter
     finally:
         for handle in handles:

@@ -45,21 +45,24 @@ def step_amplitudes(spikes: Tensor) -> Tensor:
     return spikes.abs().flatten(1).amax(1)
 
 
-def contradiction(x: Tensor, tag: Tag) -> str | None:
-    """What in the data is not of the declared kind, or None."""
-    magnitude = x.abs()
+def contradiction(x: Tensor, tag: Tag, by_step: bool = False) -> str | None:
+    """What in the data is not of the declared kind, or None; `by_step`: x is [T, ...] as its neuron gave it."""
     if tag.kind == "real":
         return None
-    if tag.kind == "integer":
-        wrong = magnitude != magnitude.round()
+    if tag.kind == "binary":
+        wrong = (x != 0) & (x != 1)
+    elif tag.kind == "integer":
+        wrong = x != x.round()
     elif tag.kind == "lowbit":
-        wrong = (magnitude != 0) & (magnitude != magnitude.max())
+        wrong = (x != 0) & (x.abs() != x.abs().max())
     else:
-        wrong = magnitude != 0
-        for amplitude in (1,) if tag.amplitudes is None else tag.amplitudes.unique():
-            wrong &= magnitude != amplitude
-        if tag.kind != "ternary":
-            wrong |= x < 0
+        magnitude = x.abs()
+        wrong = (magnitude != 0) if tag.kind == "ternary" else (x != 0)
+        if by_step and tag.amplitudes is not None:
+            wrong &= magnitude != tag.amplitudes.view(-1, *(1,) * (x.ndim - 1))
+        else:
+            for amplitude in (1.0,) if tag.amplitudes is None else tag.amplitudes.tolist():
+                wrong &= (magnitude if tag.kind == "ternary" else x) != amplitude
     if not (bad := int(wrong.count_nonzero())):
         return None
     alphabet = {"binary": "{0, 1}", "scaled": "{0, a}", "integer": "whole numbers"}.get(tag.kind, "{-a, 0, a}")

@@ -28,11 +28,11 @@ class Product:
 def product(a: Tensor, b: Tensor, left: Tag, right: Tag) -> Product:
     """a [B, n, K], b [B, K, M] -> Product.
 
-        spikes x spikes, spikes x low-bit    an addition of integers wherever both are nonzero
-        spikes x real                        an addition of floats for every spike and output it reaches
-        real x low-bit                       an addition of floats for every nonzero weight and row
-        integer x any                        a spike counts as often as it says; or one multiplication, if cheaper
-        real x real                          a multiplication and an addition, everywhere
+    spikes x spikes, spikes x low-bit    an addition of integers wherever both are nonzero
+    spikes x real                        an addition of floats for every spike and output it reaches
+    real x low-bit                       an addition of floats for every nonzero weight and row
+    integer x any                        a spike counts as often as it says; or one multiplication, if cheaper
+    real x real                          a multiplication and an addition, everywhere
     """
     (batch, rows, inner), outputs = a.shape, b.shape[-1]
     sparse_left, sparse_right = left.kind != "real", right.kind != "real"

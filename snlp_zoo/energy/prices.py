@@ -18,9 +18,7 @@ ELEMENTWISE: dict[str, tuple[str, dict[str, int]]] = {  # per element of the out
     "_fused_rms_norm": ("norm", {"add": 2, "mul": 3}),
     **dict.fromkeys(("_softmax", "_log_softmax"), ("softmax", {"exp": 1, "add": 1, "div": 1})),
 }
-REDUCTIONS: dict[str, dict[str, int]] = {  # per element of the input
-    **dict.fromkeys(("sum", "mean", "cumsum", "amax", "amin", "argmax", "argmin"), {"add": 1})
-}
+REDUCTIONS = ("sum", "mean", "cumsum", "amax", "amin", "argmax", "argmin")  # an addition per element of the input
 GATHERS = ("embedding", "index", "index_select", "gather")  # words are read, nothing is computed
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
 

@@ -50,8 +50,14 @@ def test_energy_of_dense_bert_base(pj_per_mac, expected):
 
 @pytest.mark.parametrize(
     ("time_steps", "rate", "expected"),
-    [(4, 0.17, 7.516340), (4, 0.33, 3.872054), (4, 0.34, 3.758170), (4, 0.345345, 3.700004), (1, 0.17, 30.065359)]
-    + [(1, 0.34, 15.032680)],
+    [
+        (4, 0.17, 7.516340),
+        (4, 0.33, 3.872054),
+        (4, 0.34, 3.758170),
+        (4, 0.345345, 3.700004),
+        (1, 0.17, 30.065359),
+        (1, 0.34, 15.032680),
+    ],
 )
 def test_ratio_by_firing_rate(time_steps, rate, expected):
     assert mj(MACS * TABLE.mac) / spiking(time_steps, rate) == pytest.approx(expected, rel=1e-6)
@@ -69,8 +75,8 @@ def test_spikingbert_of_four_layers():
     macs = 4 * (N * (4 * D * D + 2 * D * F) + 2 * N * N * D)
     assert macs == 3_724_541_952
     assert mj(macs * TABLE.mac) == pytest.approx(17.132893, rel=1e-6)
-    assert 5.1 / 2 == pytest.approx(16 * 0.159375)  # Norm#OPS of a ratio of 2 is T r
-    assert 5.1 / (80 * 0.159375) == pytest.approx(0.400, rel=1e-6)
+    assert pytest.approx(5.1 / 2, rel=1e-6) == 16 * 0.159375  # Norm#OPS of a ratio of 2 is T r
+    assert pytest.approx(0.4, rel=1e-6) == 5.1 / (80 * 0.159375)
 
 
 def test_all_operations_of_spikelm_bert():
@@ -110,8 +116,8 @@ LEMAIRE = {"weight": 20.0, "membrane": 20.0, "mac": 3.2, "ac": 0.1, "address": 0
 )
 def test_break_even_rates(costs, expected):
     for time_steps, rate in expected.items():
-        digits = 4 if rate < 0.1 else 3
-        assert break_even_rate(time_steps, **costs) == pytest.approx(rate, abs=0.51 * 10**-digits + 0.0005 * (rate < 0.1))
+        digits = len(str(rate).partition(".")[2])  # as printed
+        assert break_even_rate(time_steps, **costs) == pytest.approx(rate, abs=0.5001 * 10**-digits)
 
 
 @pytest.mark.parametrize("time_steps", [1, 4, 6, 16])
@@ -142,7 +148,8 @@ def test_tables_are_frozen_and_hashed():
     cheaper = (("add", Cost(0.8, 32, "mine")), *TABLE.operations[1:])
     assert dataclasses.replace(TABLE, operations=cheaper).sha256 != TABLE.sha256
     assert dataclasses.replace(TABLE).sha256 == TABLE.sha256
-    assert TABLE.sha256 == "be02521778a8c0c04e8038cd592842707371785bf8cd5ddb018870e487d95493"  # a changed number needs a new version and this line
+    # a changed number needs a new version and this line
+    assert TABLE.sha256 == "be02521778a8c0c04e8038cd592842707371785bf8cd5ddb018870e487d95493"
 
 
 def test_every_cost_is_cited():
@@ -173,11 +180,11 @@ def test_bad_costs_and_unknown_names_are_explained():
         Cost(-0.1, 32, "mine")
     with pytest.raises(EnergyError, match="at least 0 pJ"):
         TABLE.pj_per_byte(-1.0)
-    with pytest.raises(EnergyError, match="unknown memory place 'srm'.*did you mean 'sram'"):
+    with pytest.raises(EnergyError, match=r"unknown memory place 'srm'.*did you mean 'sram'"):
         TABLE.pj_per_byte("srm")
-    with pytest.raises(EnergyError, match="unknown cost table 'horowitz'.*did you mean 'horowitz45'"):
+    with pytest.raises(EnergyError, match=r"unknown cost table 'horowitz'.*did you mean 'horowitz45'"):
         lookup("cost table", "horowitz", COST_TABLES)
-    with pytest.raises(EnergyError, match="unknown memory traffic 'fould'.*did you mean 'fold'"):
+    with pytest.raises(EnergyError, match=r"unknown memory traffic 'fould'.*did you mean 'fold'"):
         Memory("mine", traffic="fould")
     with pytest.raises(EnergyError, match="at least once"):
         Memory("mine", reuse_dense=0)

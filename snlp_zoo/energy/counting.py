@@ -5,6 +5,7 @@ priced as a whole; fused attention is taken apart; an operation without a price 
 Shapes: n rows (T, batch and tokens together), K inputs, M outputs of a product [n, K] x [K, M].
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +34,9 @@ class Row:
     counts: primitives of `costs`; alternative: another way to compute the same, of which the cheaper is taken.
     timed: done anew at each of T steps; a dense network does it once.
     The rest belongs to products and neurons: kind of the operands; their nonzeros and elements; accumulates and
-    multiply-accumulates; dense: multiply-accumulates of real operands; shape K, M; weight_bits (0: no weights);
-    reads: (kind, nonzeros, elements) of each operand that is not a weight; bytes of a gather.
+    multiply-accumulates; dense: multiply-accumulates of real operands; outputs; weights: K M and their weight_bits (0:
+    no weights); spike trains and real operands that are moved: (kind, "words" or "events" or "address_bits") -> how
+    many; bytes of a gather.
     """
 
     name: str
@@ -50,8 +52,9 @@ class Row:
     dense: int = 0
     fan_in: int = 0
     fan_out: int = 0
+    outputs: int = 0
     weight_bits: float = 0
-    reads: Counter = field(default_factory=Counter)
+    moved: Counter = field(default_factory=Counter)
     bytes: int = 0
     spike_driven: bool = False
 
@@ -77,6 +80,7 @@ class Counting(BaseCounter):
         self.problems: dict[str, str] = {}
         self.seen: Counter = Counter()
         self.steps: Counter = Counter()  # neuron -> time steps of all texts
+        self.widths: dict[str, int] = {}  # neuron -> outputs per token
         self.inside = 0  # neurons: they are priced as a whole
         self.names = {module: name for name, module in model.named_modules()}
         self.modules = {name: module for module, name in self.names.items()}
@@ -120,7 +124,7 @@ class Counting(BaseCounter):
             return Tag(timed=timed)
         if name in prices.MATMULS:
             bias, operands = (given[:1], given[1:]) if name in ("addmm", "baddbmm", "addmv") else ([], given)
-            return self._matmul(path, *operands, bias, out)
+            return self._matmul(path, operands[0], operands[1], bias, out)
         if name == "snlp_zoo::bit_linear":
             return self._bit_linear(path, args, out)
         if name.startswith("_scaled_dot_product"):
@@ -209,12 +213,13 @@ class Counting(BaseCounter):
         row.counts.update(made.counts)
         row.alternative.update(made.alternative)
         row.fan_in, row.fan_out = made.fan_in, made.fan_out
+        row.outputs += out.numel()
         if weights:
             bits = getattr(self.modules.get(path), "bits", 32)
             row.weight_bits = bits if bits != 32 else 8 * tensors[tags.index(weights[0])].element_size()
         for x, tag in zip(tensors, tags, strict=True):
             if not tag.static:
-                row.reads.update({(tag.kind, "words"): x.numel(), (tag.kind, "events"): int(x.count_nonzero())})
+                self._moved(row, x, tag)
             problem = contradiction(x, tag)
             operand = Operand(name, "weights" if tag.static and tag.kind == "real" else tag.kind, tag.source, problem)
             self.operands[operand] = self.operands.get(operand, 0) + 1
@@ -243,6 +248,13 @@ class Counting(BaseCounter):
         self.row(path, role, timed).counts.update({key: number * scores.numel() for key, number in primitives.items()})
         return self._matmul(path, scores, value, [], query)
 
+    def _moved(self, row: Row, x: Tensor, tag: Tag) -> None:
+        """A tensor that is read or written: its words, its spikes, and the bits that tell its neurons apart."""
+        events = int(x.count_nonzero()) if tag.spikes else 0
+        bits = math.ceil(math.log2(max(self.widths.get(tag.source, 2), 2)))
+        found = {"words": x.numel(), "events": events, "address_bits": events * bits}
+        row.moved.update({(tag.kind, what): number for what, number in found.items()})
+
     def entered(self, node: nn.Module, inputs: tuple) -> None:
         """Forward pre-hook of every neuron."""
         self.inside += 1
@@ -260,7 +272,8 @@ class Counting(BaseCounter):
         row.kind, row.elements = kind, row.elements + spikes.numel()
         row.nnz += int(spikes.count_nonzero())
         row.counts.update({"add": 2 * spikes.numel(), "mul": 2 * spikes.numel() * leaks})
-        row.fan_out = spikes[0].numel()
+        self.widths[name] = spikes.shape[-1]
+        self._moved(row, spikes, tag)
         self.steps[name] += len(spikes)
         self.tags[spikes] = tag
         self.inside -= 1

@@ -28,16 +28,18 @@ class Traffic(NamedTuple):
         return sum(size * table.pj_per_byte(place) for size, place in zip(self, places, strict=True))
 
 
-def spike_bytes(words: float, events: float, kind: str, sources: int, time_steps: int, format_: str) -> float:
-    """A spike train as addresses with a time tag, as a bitmap (two bits for ternary), or the cheaper of both.
-
-    Args:
-        words, events: neurons times steps, and spikes among them.
-        sources: neurons an address tells apart.
-    """
-    as_events = events * (math.ceil(math.log2(max(sources, 2))) + math.ceil(math.log2(max(time_steps, 1)))) / 8
-    as_bitmap = words * (2 if kind == "ternary" else 1) / 8
-    return {"events": as_events, "bitmap": as_bitmap, "cheaper": min(as_events, as_bitmap)}[format_]
+def _moved_bytes(row: Row, time_steps: int, format_: str) -> float:
+    """Spikes as addresses with a time tag, as a bitmap (two bits for ternary), or the cheaper; real words: 4 bytes."""
+    total = 0.0
+    for kind in {kind for kind, _ in row.moved}:
+        words, events, address_bits = (row.moved[kind, what] for what in ("words", "events", "address_bits"))
+        if kind not in ("binary", "scaled", "ternary"):
+            total += words * REAL_BYTES
+            continue
+        as_events = (address_bits + events * math.ceil(math.log2(time_steps))) / 8
+        as_bitmap = words * (2 if kind == "ternary" else 1) / 8
+        total += {"events": as_events, "bitmap": as_bitmap, "cheaper": min(as_events, as_bitmap)}[format_]
+    return total
 
 
 def stored_bits(bits: float) -> int:
@@ -56,23 +58,17 @@ def spiking_traffic(row: Row, memory: Memory, time_steps: int, texts: int) -> Tr
     """Of a row as it was counted."""
     if row.role == "gather":
         return Traffic(weight=row.bytes) if row.weight_bits else Traffic(activation=row.bytes)
+    moved = _moved_bytes(row, time_steps, memory.spikes)
     if row.role == "neuron":
-        written = spike_bytes(row.elements, row.nnz, row.kind, row.fan_out, time_steps, memory.spikes)
-        return Traffic(activation=written, membrane=2 * row.elements * REAL_BYTES)
+        return Traffic(activation=moved, membrane=2 * row.elements * REAL_BYTES)
     if row.role != "matmul":
         return Traffic()
     reuse = memory.reuse_spiking if row.spike_driven else memory.reuse_dense
     times = texts * (time_steps if row.timed and memory.traffic == "step" else 1)
     weights = _matrix_reads(row, memory, row.ac + row.mac, reuse, times) * stored_bits(row.weight_bits) / 8
-    moved = 0.0 if row.spike_driven else row.dense / row.fan_in * REAL_BYTES  # else outputs go straight to a neuron
-    for kind in {kind for kind, _ in row.reads}:
-        words, events = row.reads[kind, "words"], row.reads[kind, "events"]
-        spikes = kind in ("binary", "scaled", "ternary")
-        moved += (
-            spike_bytes(words, events, kind, row.fan_in, time_steps, memory.spikes) if spikes else words * REAL_BYTES
-        )
+    written = 0.0 if row.spike_driven else row.outputs * REAL_BYTES  # else outputs go straight to a neuron
     per_event = 2 * row.ac * REAL_BYTES if memory.event_driven and row.spike_driven else 0.0
-    return Traffic(weights, moved, per_event)
+    return Traffic(weights, moved + written, per_event)
 
 
 def dense_traffic(
@@ -86,6 +82,6 @@ def dense_traffic(
     if row.role != "matmul":
         return Traffic()
     uses = row.dense / steps
-    words = sum(number for (_, what), number in row.reads.items() if what == "words") / steps + uses / row.fan_in
+    words = (sum(number for (_, what), number in row.moved.items() if what == "words") + row.outputs) / steps
     weights = _matrix_reads(row, memory, uses, memory.reuse_dense, texts)
     return Traffic(weights * weight_bytes, words * activation_bytes)

@@ -26,7 +26,8 @@ _SPIKING_ONLY = ("neuron", "amplitude", "scale", "readout")  # what a dense netw
 class EnergyReport:
     """What `estimate` found. Ratios are baseline / spiking: above 1 the spiking network takes less.
 
-    ratios: level -> baseline -> ratio; bounds: the same as [lowest, highest] over all cost tables, and of totals.pj.
+    ratios: level -> baseline -> ratio, None where spikes take nothing.
+    bounds: of ratios and of totals.pj, [lowest, highest] over all cost tables.
     energy_pj: level -> "spiking" or a baseline -> picojoules of the whole batch.
     spike_driven_fraction: accumulates caused by spikes, of all accumulates and multiply-accumulates;
     spike_driven_energy_fraction: the same of their energy.
@@ -40,7 +41,7 @@ class EnergyReport:
     time_steps: int
     texts: int
     tokens: int
-    ratios: dict[str, dict[str, float]]
+    ratios: dict[str, dict[str, float | None]]
     bounds: dict[str, Any]
     energy_pj: dict[str, dict[str, float]]
     spike_driven_fraction: float
@@ -183,7 +184,7 @@ class _Prices:
         sides = {"spiking": self._spiking(), **{name: self._baseline(name) for name in baselines}}
         self.energy = {level: {side: e[i] for side, e in sides.items()} for i, level in enumerate(LEVELS)}
         self.ratios = {
-            level: {name: found[name] / found["spiking"] if found["spiking"] else float("inf") for name in baselines}
+            level: {name: found[name] / found["spiking"] if found["spiking"] else None for name in baselines}
             for level, found in self.energy.items()
         }
 
@@ -267,8 +268,9 @@ def _break_even(driven: list[Row], steps: int, table: CostTable, memory: Memory)
 
 
 def _bounds(every: list[_Prices]) -> dict[str, Any]:
-    def span(values: list[float]) -> list[float]:
-        return [min(values), max(values)]
+    def span(values: list[float | None]) -> list[float] | None:
+        known = [value for value in values if value is not None]
+        return [min(known), max(known)] if known else None
 
     return {
         "pj": span([prices.energy["with_memory"]["spiking"] for prices in every]),

@@ -106,7 +106,7 @@ def test_everything_else(entry, packed, model_of, batch_of):
     model = model_of(entry, packed=packed)
     counter, *_ = count(model, batch_of(N))
     c = model.config
-    T, D, F, L, H, C = (  # noqa: N806
+    T, D, F, L, H, C = (
         c.time_steps, c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, c.num_labels
     )  # fmt: skip
     outputs, scores, low = L * T * N * (5 * D + F), L * T * H * N * N, c.weight_bits != 32

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from snlp_zoo import cli_energy
 from snlp_zoo.doctor import torchvision_mismatch
 from snlp_zoo.errors import BackendError, SnlpError
 
@@ -232,3 +233,6 @@ def doctor(json_: JsonFlag = False) -> None:
     _print(report, json_, table)
     if report["problems"]:
         raise typer.Exit(1)
+
+
+app.add_typer(cli_energy.app)

@@ -138,9 +138,18 @@ def estimate(
     if counter.problems:
         raise EnergyError("; ".join(f"{where}: {what}" for where, what in counter.problems.items()))
     rows = list(counter.rows.values())
-    prices = _Prices(rows, steps, texts, table, memory, baselines)
-    others = [t for t in COST_TABLES.values() if t != table]
-    every = [prices, *(_Prices(rows, steps, texts, other, memory, baselines) for other in others)]
+    sides = [_Prices(rows, steps, texts, t, memory, baselines) for t in (table, *_others(table))]
+    return _report(type(model).__name__, sides, tokens, dict(sorted(counter.seen.items())))
+
+
+def _others(table: CostTable) -> list[CostTable]:
+    return [other for other in COST_TABLES.values() if other != table]
+
+
+def _report(model: str, every: "list[_Prices]", tokens: int, seen: dict[str, int]) -> EnergyReport:
+    """`every`: the rows under the table asked for, and under all others."""
+    prices = every[0]
+    table, memory, steps, rows = prices.table, prices.memory, prices.steps, prices.rows
     products = [row for row in rows if row.role == "matmul"]
     driven = [row for row in products if row.spike_driven]
     ac, mac = sum(row.ac for row in products), sum(row.mac for row in products)
@@ -148,9 +157,9 @@ def estimate(
     total = prices.energy["with_memory"]["spiking"]
     norm_ops, break_even = _norm_ops(driven, steps), _break_even(driven, steps, table, memory)
     return EnergyReport(
-        model=type(model).__name__,
+        model=model,
         time_steps=steps,
-        texts=texts,
+        texts=prices.texts,
         tokens=tokens,
         ratios=prices.ratios,
         bounds=_bounds(every),
@@ -171,7 +180,7 @@ def estimate(
         layers=layers,
         costs={"name": table.name, "version": table.version, "node_nm": table.node_nm, "sha256": table.sha256},
         memory=asdict(memory),
-        coverage={"operations": dict(sorted(counter.seen.items())), "unpriced": []},
+        coverage={"operations": seen, "unpriced": []},
     )
 
 

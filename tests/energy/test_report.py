@@ -8,6 +8,7 @@ from torch import nn
 from snlp_zoo.energy import COST_TABLES, Memory, estimate
 from snlp_zoo.energy.report import STATEMENT, count
 from snlp_zoo.errors import EnergyError
+from snlp_zoo.layers import pack
 from snlp_zoo.registry import build
 
 FAMILIES = ["spikelm_tiny", "spikingbert_tiny"]
@@ -205,3 +206,35 @@ def test_counting_is_at_most_eight_times_a_forward(model_of, batch_of):
     with torch.no_grad():
         plain = fastest(lambda: model(**batch))
     assert fastest(lambda: count(model, batch)) < 8 * plain
+
+
+VARIANTS = [
+    ("spikelm_tiny", {"reset": "reference", "alpha_mode": "learned"}),
+    ("spikingbert_tiny", {"attention": "linear"}),
+    ("spikingbert_tiny", {"feedback": True, "leak": 0.9, "v_init": 0.5}),
+]
+
+
+@pytest.mark.parametrize("task", ["encoder", "masked-lm", "sequence-classification"])
+@every_family
+def test_every_head_is_priced(entry, task, batch_of):
+    wanted = {"output_attentions": True} if entry == "spikelm_tiny" else {}  # attention written out, not fused
+    report = estimate(build(entry, task=task), batch_of(9) | wanted)
+    assert 0.3 < report.spike_driven_fraction <= 1
+    assert (report.totals["mac"] == 0) == (task == "encoder" and entry == "spikingbert_tiny")
+
+
+@pytest.mark.parametrize(("entry", "options"), VARIANTS)
+def test_every_variant_is_priced(entry, options, batch_of):
+    torch.manual_seed(0)
+    assert estimate(build(entry, **options), batch_of(9)).spike_driven_fraction > 0.9
+
+
+def test_int8_tables_are_read_as_bytes(model_of, batch_of):
+    model = model_of("spikelm_tiny_158")
+    before = estimate(model, batch_of(9)).totals["bytes"]
+    assert before > estimate(pack(model, int8_embeddings=True), batch_of(9)).totals["bytes"]
+
+
+def test_half_precision(model_of, batch_of):
+    assert estimate(model_of("spikelm_tiny").bfloat16(), batch_of(9)).spike_driven_fraction > 0.9

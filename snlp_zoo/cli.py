@@ -235,4 +235,4 @@ def doctor(json_: JsonFlag = False) -> None:
         raise typer.Exit(1)
 
 
-app.add_typer(cli_energy.app)
+app.registered_commands += cli_energy.app.registered_commands

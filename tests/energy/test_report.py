@@ -236,5 +236,6 @@ def test_int8_tables_are_read_as_bytes(model_of, batch_of):
     assert before > estimate(pack(model, int8_embeddings=True), batch_of(9)).totals["bytes"]
 
 
-def test_half_precision(model_of, batch_of):
-    assert estimate(model_of("spikelm_tiny").bfloat16(), batch_of(9)).spike_driven_fraction > 0.9
+@pytest.mark.parametrize("entry", ["spikelm_tiny", "spikelm_tiny_158", "spikingbert_tiny_1bit"])
+def test_half_precision(entry, model_of, batch_of):
+    assert estimate(model_of(entry).bfloat16(), batch_of(9)).spike_driven_fraction > 0.9

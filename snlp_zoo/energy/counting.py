@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,14 +86,20 @@ class Counting(BaseCounter):
         self.modules = {name: module for module, name in self.names.items()}
         self.root = type(model).__name__
         self.tags = WeakTensorKeyDictionary()
-        for weight in (*model.parameters(), *model.buffers()):
+        weights = [*model.parameters(), *model.buffers()]
+        self.storages = {_storage(weight) for weight in weights}
+        self.overwritten: set[int] = set()  # storages of buffers that hold data now
+        for weight in weights:
             self.tags[weight] = Tag(static=True)
 
     def row(self, name: str, role: str, timed: bool) -> Row:
         return self.rows.setdefault((name, role, timed), Row(name, role, timed))
 
     def tag(self, x: Any) -> Tag:
-        return self.tags.get(x, Tag()) if isinstance(x, Tensor) else Tag(static=True)
+        if not isinstance(x, Tensor):
+            return Tag(static=True)
+        tag = self.tags.get(x, Tag())
+        return Tag() if tag.static and self.overwritten and _storage(x) in self.overwritten else tag
 
     def operation(self, func: Any, args: tuple, kwargs: dict, out: Any, path: str) -> None:
         """One tensor operation inside the module `path`."""
@@ -102,10 +108,13 @@ class Counting(BaseCounter):
             x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
         ]
         self.seen[name] += 1
-        made = self._rule(name, path, args, given, [self.tag(x) for x in given], out)
-        for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.tags[x] = made
+        tags = [self.tag(x) for x in given]
+        made = self._rule(name, path, args, given, tags, out)
+        results = [x for x in ((out,) if isinstance(out, Tensor) else tree_leaves(out)) if isinstance(x, Tensor)]
+        for x in results:
+            self.tags[x] = made
+        if func._schema.is_mutable and not all(tag.static for tag in tags):
+            self.overwritten |= self.storages & {_storage(x) for x in results}
 
     def _rule(self, name: str, path: str, args: tuple, given: list[Tensor], tags: list[Tag], out: Any) -> Tag:
         """Record what the operation takes; returns what its output is."""
@@ -120,6 +129,8 @@ class Counting(BaseCounter):
             return Tag(static=True)  # of weights alone: done once, before any text
         if name == "sign" and tags[0].spikes:
             return Tag("binary" if tags[0].kind == "scaled" else tags[0].kind, tags[0].source, timed=timed)
+        if name in ("cat", "stack") and len({(tag.kind, tag.amplitudes is None) for tag in tags}) == 1:
+            return replace(tags[0], amplitudes=_together(tags), timed=timed, static=False)
         if name in prices.FREE:
             return Tag(timed=timed)
         if name in prices.MATMULS:
@@ -277,6 +288,15 @@ class Counting(BaseCounter):
         self.steps[name] += len(spikes)
         self.tags[spikes] = tag
         self.inside -= 1
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _together(tags: list[Tag]) -> Tensor | None:
+    amplitudes = [tag.amplitudes for tag in tags if tag.amplitudes is not None]
+    return torch.cat(amplitudes) if amplitudes else None
 
 
 class _Mode(DispatchCounterMode):

@@ -37,7 +37,7 @@ FREE = {
     *("count_nonzero", "zero", "equal", "bitwise_not", "logical_not", "bitwise_and", "bitwise_or", "logical_and"),
 }
 # Made of nothing but numbers in the program: as constant as a weight.
-CONSTANTS = {"arange", "scalar_tensor", "full"}
+CONSTANTS = {"arange", "scalar_tensor"}
 
 
 def plain_name(schema: str) -> str:

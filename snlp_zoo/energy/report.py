@@ -33,7 +33,8 @@ class EnergyReport:
     spike_driven_energy_fraction: the same of their energy.
     totals: ac, mac, other (primitives outside products), bytes, pj and pj_per_token (both with memory).
     norm_ops, norm_ops_ratio: Norm#OPS of the linear layers with spiking inputs, and 5.1 / Norm#OPS.
-    layers: name, role, kind, nnz, rate, ifr (spikes per neuron over all steps), ac, mac, other, bytes, pj.
+    layers: name, role, kind, nnz, rate, ifr (spikes per neuron over all steps), ac, mac, alternative (primitives of one
+    multiplication per integer, in place of ac; pj is that of the cheaper), other, bytes, pj.
     coverage: every tensor operation seen, and how often; none was without a price.
     """
 
@@ -117,6 +118,9 @@ def estimate(
     baselines: Sequence[str] = BASELINES,
 ) -> EnergyReport:
     """Energy of a model's forward on a batch, as the operations and bytes it takes on hardware that runs spikes.
+
+    What is counted is what the forward computes without gradients: of a model trained at equilibrium the T steps of its
+    spiking network, not its steady state. Neurons count as neurons, whatever this machine computes in their place.
 
     Args:
         model: takes the batch's entries by name; its neurons are SpikingJelly's or ours, in step mode "m".
@@ -242,6 +246,7 @@ class _Prices:
             "ifr": None if rate is None else rate * (self.steps if row.timed else 1),
             "ac": row.ac,
             "mac": row.mac,
+            "alternative": dict(row.alternative),
             "other": 0 if row.role == "matmul" else sum(row.counts.values()),
             "bytes": sum(self.traffic(row)),
             "pj": self.product(row) + self.moving(row),

@@ -155,6 +155,28 @@ def test_a_gate_behind_the_products_drives_nothing():
     assert not verify_spikes(Toy(wiring), toy_batch()).ok
 
 
+def test_spikes_side_by_side_stay_spikes():
+    def wiring(toy, x):
+        return toy.out(torch.cat([fire(toy.node, x)[..., :4], fire(toy.other, x)[..., 4:]], -1))
+
+    row = product(Toy(wiring))
+    assert (row.kind, row.ac, row.mac) == ("binary x real", row.nnz * M, 0)
+    mixed = product(Toy(lambda toy, x: toy.out(torch.cat([fire(toy.node, x)[..., :4], x[..., 4:]], -1))))
+    assert mixed.kind == "real x real"
+
+
+def test_a_buffer_that_was_filled_with_data_is_no_weight():
+    def wiring(toy, x):
+        fire(toy.node, x)
+        toy.state[:, :, :N] = x
+        return toy.out(toy.state)
+
+    toy = Toy(wiring)
+    toy.register_buffer("state", torch.zeros(T, 1, N, D))
+    row = product(toy)
+    assert (row.kind, row.mac, row.weight_bits) == ("real x real", T * N * D * M, 32)
+
+
 def test_two_spike_trains_add_where_they_coincide():
     def wiring(toy, x):
         toy.pair = fire(toy.node, x), fire(toy.other, x)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from snlp_zoo.energy import COST_TABLES
@@ -25,3 +27,8 @@ def test_a_claim_needs_a_rate_that_is_low_enough():
     assert any("| other |" in line and "too high for 3.70x at T = 4 (3.19x)" in line for line in page)
     assert any("no SpikingBERT in this zoo yet" in line for line in page)
     assert any("no SpikeBERT in this zoo yet" in line for line in page)
+
+
+def test_the_page_is_of_these_claims():
+    page = (Path(__file__).parents[2] / "docs" / "energy_claims.md").read_text(encoding="utf-8")
+    assert "\n".join(ledger({}).splitlines()[: 2 + len(CLAIMS)]) in page

@@ -172,9 +172,9 @@ def test_a_buffer_that_was_filled_with_data_is_no_weight():
         return toy.out(toy.state)
 
     toy = Toy(wiring)
-    toy.register_buffer("state", torch.zeros(T, 1, N, D))
+    toy.register_buffer("state", torch.zeros(T, 1, N + 1, D))
     row = product(toy)
-    assert (row.kind, row.mac, row.weight_bits) == ("real x real", T * N * D * M, 32)
+    assert (row.kind, row.mac, row.weight_bits) == ("real x real", T * (N + 1) * D * M, 32)
 
 
 def test_two_spike_trains_add_where_they_coincide():

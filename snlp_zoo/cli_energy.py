@@ -48,9 +48,8 @@ def energy(
     from snlp_zoo.energy.measured import measure
 
     model, batch, _ = _model_and_batch(path_or_entry, text, data, column, limit, tokens)
-    report = estimate(model, batch, costs=costs, memory=memory)
-    if measured:
-        report = replace(report, measured=measure(model.to(_gpu()), batch))  # type: ignore[arg-type]
+    joules = measure(model.to(_gpu()), batch) if measured else None  # type: ignore[arg-type]
+    report = replace(estimate(model.to("cpu"), batch, costs=costs, memory=memory), measured=joules)  # type: ignore[arg-type]
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "energy.json").write_text(report.to_json() + "\n", encoding="utf-8")

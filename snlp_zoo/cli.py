@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from snlp_zoo import cli_energy
 from snlp_zoo.doctor import torchvision_mismatch
 from snlp_zoo.errors import BackendError, Interrupted, SnlpError
 
@@ -282,3 +283,6 @@ def doctor(json_: JsonFlag = False) -> None:
     _print(report, json_, table)
     if report["problems"]:
         raise typer.Exit(1)
+
+
+app.registered_commands += cli_energy.app.registered_commands

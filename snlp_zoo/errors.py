@@ -39,3 +39,7 @@ class Interrupted(SnlpError):
 
 class ConvergenceError(SnlpError, ArithmeticError):
     """A fixed point was not reached: too few iterations, feedback too strong, or a step that is not finite."""
+
+
+class EnergyError(SnlpError, ValueError):
+    """An energy estimate cannot be made: nothing spikes, an operation has no price, spikes are none, a cost is bad."""

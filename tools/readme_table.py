@@ -27,17 +27,19 @@ def _row(name: str) -> str:
 
 def _cells(result: dict[str, Any]) -> str:
     if not result:
-        return "- | - | - | - | -"
+        return "- | - | - | - | - | -"
     task = f"{result['dataset']}, {result['metric'].replace('_', ' ')}"
     rate = f"{100 * result['firing_rate']:.1f} %" if "firing_rate" in result else "-"
     teacher = f"{100 * result['teacher_value']:.1f}" if "teacher_value" in result else "-"
     paper = f"{100 * result['paper_value']:.1f}" if "paper_value" in result else "-"
-    return f"{task} | {paper} | {teacher} | {100 * result['value']:.1f} | {rate}"
+    driven = f"{100 * result['spike_driven_fraction']:.1f} %" if "spike_driven_fraction" in result else "-"
+    return f"{task} | {paper} | {teacher} | {100 * result['value']:.1f} | {rate} | {driven}"
 
 
 def table() -> str:
     """The zoo as a Markdown table, one row per entry and result."""
-    head = "| entry | paper | parameters | T | task | paper's value | teacher | ours | firing rate |\n|" + "---|" * 9
+    columns = "entry | paper | parameters | T | task | paper's value | teacher | ours | firing rate | spike-driven"
+    head = f"| {columns} |\n|" + "---|" * 10
     return "\n".join([head, *(_row(name) for name in registry.list_entries())])
 
 

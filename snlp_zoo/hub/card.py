@@ -24,13 +24,14 @@ class Run:
 
     Args:
         folder: the model's, with config.json.
-        summary, recipe, energy: the run's summary.json, recipe.yaml and energy.json; empty where there is none.
+        summary, recipe: the run's summary.json and recipe.yaml; empty where there is none.
+        energy: the run's energy.md, a section as `snlp-zoo energy PATH --output-dir RUN` writes it, or nothing.
     """
 
     folder: Path
     summary: dict[str, Any]
     recipe: dict[str, Any]
-    energy: dict[str, Any]
+    energy: str
 
     @property
     def dataset(self) -> tuple[str, str | None]:
@@ -59,17 +60,19 @@ def read_run(folder: Path) -> Run:
     """The run a model folder lies in.
 
     Raises:
-        CheckpointError: summary.json or energy.json is damaged.
+        CheckpointError: summary.json is damaged.
         RecipeError: recipe.yaml is.
     """
     run = folder.parent
     if folder.name != "model" or not (run / "recipe.yaml").is_file():
-        return Run(folder, {}, {}, {})
+        return Run(folder, {}, {}, "")
     recipe = registry.read_yaml(run / "recipe.yaml")
     if stages := recipe.get("stages"):  # the scores are the last one's, and so are data and teacher
         last = run / f"{len(stages)}_{stages[-1]['name']}" / "recipe.yaml"
         recipe = registry.read_yaml(last) | {"name": recipe["name"]}
-    return Run(folder, _read_json(run / "summary.json"), recipe, _read_json(run / "energy.json"))
+    report = run / "energy.md"
+    energy = report.read_text(encoding="utf-8").strip() if report.is_file() else ""
+    return Run(folder, _read_json(run / "summary.json"), recipe, energy)
 
 
 def make_card(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> str:
@@ -79,7 +82,7 @@ def make_card(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> s
         CheckpointError: it does not read back.
     """
     metadata = _metadata(run, model, repo_id, licence)
-    sections = [_head(run, model, repo_id), _load(model, repo_id), _table_of_facts(run, model), _energy(run)]
+    sections = [_head(run, model, repo_id), _load(model, repo_id), _table_of_facts(run, model), run.energy]
     card = (
         f"---\n{metadata.to_yaml()}\n---\n\n"
         + "\n\n".join(part for part in [*sections, _checksums(run)] if part)
@@ -172,23 +175,6 @@ def _table_of_facts(run: Run, model: PreTrainedModel) -> str:
         compared.insert(0, f"student {value:.4f}")
         facts[f"{metric.replace('_', ' ')}, {run.split}"] = ", ".join(compared)
     return _table("## The model", "what", "value", facts)
-
-
-def _energy(run: Run) -> str:
-    """Ratios and shares of the run's energy report, if one lies in its folder."""
-    facts = _numbers(run.energy)
-    return _table("## Energy", "what", "value", facts) if facts else ""
-
-
-def _numbers(report: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """A report's single values, keys joined by dots; lists, such as the layers, are left out."""
-    found: dict[str, str] = {}
-    for key, value in report.items():
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float | str):
-            found[prefix + key] = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return found
 
 
 def _checksums(run: Run) -> str:

@@ -78,6 +78,8 @@ class _ExplicitState(neuron.BaseNode):
 class _LIFBase(_ExplicitState):
     """The LIF family on `ops.lif`; subclasses say what tau is."""
 
+    spike_kind = "binary"  # as `energy.kinds` names alphabets
+
     def _tau(self) -> float | Tensor:
         return self.tau
 
@@ -208,6 +210,8 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         measured?) and `magnitude` [T] (mean|m[t]| of the last training batch).
     Source: Xing et al. 2024 (arXiv:2406.03287).
     """
+
+    spike_kind = "ternary"  # as `energy.kinds` names alphabets
 
     def __init__(
         self,

@@ -61,4 +61,6 @@ def spike_linear(
         dtype = torch.get_autocast_dtype(device)
         spikes, weight = spikes.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if scale is None and not torch.is_grad_enabled():  # nothing to keep for a backward
+        return linear(spikes, weight, bias)
     return _SpikeLinear.apply(spikes, amplitude, weight, bias, bits, scale)

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 import snlp_zoo
 from snlp_zoo import cli
+from snlp_zoo.energy import estimate
+from snlp_zoo.energy.report import STATEMENT
 from snlp_zoo.errors import CheckpointError, HubError
 from snlp_zoo.hub.card import make_results, read_run
 from snlp_zoo.hub.client import digest
@@ -28,8 +30,8 @@ def publish(folder, options="", repo="user/m"):
 def run_folder(trained, tmp_path):
     """A copy of the finished run, with an energy report and a projection."""
     folder = shutil.copytree(trained.folder, tmp_path / "run")
-    report = {"ratios": {"all_ops": {"dense_fp32": 0.31}}, "spike_driven_fraction": 0.87, "layers": [{"name": "a"}]}
-    (folder / "energy.json").write_text(json.dumps(report))
+    report = estimate(snlp_zoo.load(folder / "model"), {"input_ids": torch.tensor(IDS)})
+    (folder / "energy.md").write_text(report.to_markdown() + "\n")
     (folder / "model" / "projection.safetensors").write_bytes(b"the distillation's alone")
     return folder
 
@@ -95,14 +97,15 @@ def test_the_card_says_what_the_run_says(run_folder, trained):
         f"{trained.summary['parameters']:,}",
         "time steps T | 2",
         weights,
-        "| ratios.all_ops.dense_fp32 | 0.31 |",
+        f"\n\n## Energy\n\n{STATEMENT}\n",
+        "| all operations | ",
     ):
         assert words in report.card
     assert f"{100 * trained.summary['firing_rate']:.1f} %" in report.card
     assert f"bag of words {trained.summary['baseline_accuracy']:.4f}" in report.card
     assert str(run_folder.parent) not in report.card  # no path of this machine
     assert str(trained.recipe.parent.parent) not in report.card
-    (run_folder / "energy.json").unlink()
+    (run_folder / "energy.md").unlink()
     assert "Energy" not in snlp_zoo.publish(run_folder, "user/tiny", dry_run=True).card
 
 

@@ -1,0 +1,231 @@
+"""The commands about energy: `snlp-zoo energy`, `verify`, `pareto`, `plots`."""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from snlp_zoo.errors import EnergyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+app = typer.Typer()
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ModelArgument = Annotated[str, typer.Argument(help="A saved folder, or a zoo entry (untrained: random weights).")]
+TextsOption = Annotated[list[str] | None, typer.Option("--text", help="A text to run; may be repeated.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="A .tsv, .csv, .jsonl or .txt file of texts to run.")]
+ColumnOption = Annotated[str, typer.Option("--column", help="Column of the text in --data.")]
+LimitOption = Annotated[int, typer.Option(help="Texts of --data to run.", min=1)]
+TokensOption = Annotated[
+    int, typer.Option(help="Length of the random text that runs without --text and --data.", min=1)
+]
+CostsOption = Annotated[str, typer.Option(help="A cost table: horowitz45, horowitz45_fp16, ...")]
+MemoryOption = Annotated[str, typer.Option(help="A memory model: none, sram or dram.")]
+
+
+@app.command()
+def energy(
+    path_or_entry: ModelArgument,
+    text: TextsOption = None,
+    data: DataOption = None,
+    column: ColumnOption = "text",
+    limit: LimitOption = 16,
+    tokens: TokensOption = 128,
+    costs: CostsOption = "horowitz45",
+    memory: MemoryOption = "sram",
+    measured: Annotated[bool, typer.Option("--measured", help="Add joules per token of this NVIDIA GPU.")] = False,
+    output_dir: Annotated[Path | None, typer.Option(help="Write energy.json and energy.md there too.")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Estimate the energy of a forward, operation by operation, against the network without spikes."""
+    from dataclasses import replace
+
+    from snlp_zoo.energy import estimate
+    from snlp_zoo.energy.measured import measure
+
+    model, batch, _ = _model_and_batch(path_or_entry, text, data, column, limit, tokens)
+    joules = measure(model.to(_gpu()), batch) if measured else None  # type: ignore[arg-type]
+    report = replace(estimate(model.to("cpu"), batch, costs=costs, memory=memory), measured=joules)  # type: ignore[arg-type]
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "energy.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        (output_dir / "energy.md").write_text(report.to_markdown() + "\n", encoding="utf-8")
+    typer.echo(json.dumps(report.to_dict()) if json_ else report.to_markdown())
+
+
+@app.command()
+def verify(
+    path_or_entry: ModelArgument,
+    text: TextsOption = None,
+    data: DataOption = None,
+    column: ColumnOption = "text",
+    limit: LimitOption = 16,
+    tokens: TokensOption = 128,
+    claimed_fraction: Annotated[float | None, typer.Option(help="A published spike-driven fraction to check.")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Check where the spikes are: exit code 1 when a claim of the model does not hold in the data."""
+    from snlp_zoo.energy import verify_spikes
+
+    model, batch, _ = _model_and_batch(path_or_entry, text, data, column, limit, tokens)
+    found = verify_spikes(model, batch, claimed_fraction)
+    if json_:
+        typer.echo(json.dumps(json.loads(found.to_json())))
+    else:
+        for product in found.products:
+            source = f" from {', '.join(product.sources)}" if product.sources else ""
+            mark = "FAILS" if product.problem else "spikes" if product.spike_driven else "real"
+            typer.echo(f"{mark:7}{product.layer}: {' x '.join(product.operands)}{source}")
+        for where, what in found.failures.items():
+            typer.echo(f"FAILS  {where}: {what}")
+        held = "every claim holds" if found.ok else f"{len(found.failures)} claims fail"
+        typer.echo(f"{held}; spike-driven fraction {100 * found.spike_driven_fraction:.2f} %")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def pareto(
+    path_or_entry: Annotated[str, typer.Argument(help="A trained classifier's folder, or a zoo entry in runs/.")],
+    data: Annotated[Path, typer.Option(help="A labelled .tsv, .csv or .jsonl file.")],
+    time_steps: Annotated[str, typer.Option(help="T, separated by commas.")] = "1,2,4,8",
+    thresholds: Annotated[str, typer.Option(help="Factors of the trained thresholds, separated by commas.")] = "1",
+    text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    label: Annotated[str, typer.Option(help="Column of the label.")] = "label",
+    limit: Annotated[int | None, typer.Option(help="Score this many texts only.", min=1)] = None,
+    costs: CostsOption = "horowitz45",
+    memory: MemoryOption = "sram",
+    output: Annotated[Path | None, typer.Option(help="Write the figure there, .png or .svg.")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Accuracy, energy and latency at several T and thresholds: one table, one figure."""
+    _quiet()
+    from snlp_zoo import registry
+    from snlp_zoo.data import read_set
+    from snlp_zoo.pareto import front
+    from snlp_zoo.pareto import pareto as run
+
+    folder = registry.find_checkpoint(path_or_entry)
+    model, tokenizer = registry.load_classifier(folder), registry.load_tokenizer(folder)
+    texts = read_set(data, text=text, label=label, label_names=model.config.label_names).subset(limit, seed=0)
+    options: dict[str, Any] = {
+        "time_steps": [int(x) for x in _numbers("--time-steps", time_steps)],
+        "thresholds": _numbers("--thresholds", thresholds),
+    }
+    rows = []
+    for row in run(model, tokenizer, texts, costs=costs, memory=memory, **options):
+        rows.append(row)
+        typer.echo(f"T {row['time_steps']}, threshold x {row['threshold']:g}: {100 * row['accuracy']:.1f} %", err=True)
+    best = front(rows)
+    if output is not None:
+        from snlp_zoo import plots as figures
+
+        figures.save(figures.pareto_front(rows, best), output)
+    typer.echo(json.dumps({"rows": rows, "front": best}) if json_ else _pareto_table(rows, best))
+
+
+@app.command()
+def plots(
+    path_or_entry: ModelArgument,
+    output_dir: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("figures"),
+    text: TextsOption = None,
+    site: Annotated[
+        str, typer.Option(help="Neuron of raster and membranes; the first one that fires without it.")
+    ] = "",
+    format_: Annotated[str, typer.Option("--format", help="png or svg.")] = "png",
+    tokens: TokensOption = 12,
+) -> None:
+    """Draw spikes per token, firing rates, membranes and where the energy goes, for one text."""
+    from snlp_zoo import plots as figures
+    from snlp_zoo.energy import estimate
+    from snlp_zoo.energy.costs import lookup
+    from snlp_zoo.energy.record import record
+
+    model, batch, tokenizer = _model_and_batch(path_or_entry, text, None, "text", 1, tokens)
+    batch = {key: value[:1] for key, value in batch.items()}
+    recorded = record(model, batch)
+    site = site or next((name for name, found in recorded.items() if found.spikes.any()), next(iter(recorded)))
+    chosen = lookup("site", site, recorded)
+    ids = batch["input_ids"][0][batch["attention_mask"][0] != 0].tolist()
+    labels = tokenizer.convert_ids_to_tokens(ids) if tokenizer is not None else [str(i) for i in ids]
+    made = {
+        "raster": figures.spike_raster(chosen, labels, site),
+        "rates": figures.firing_rates({name: (found.spikes != 0).float().mean() for name, found in recorded.items()}),
+        "membranes": figures.membrane_histogram(chosen, site),
+        "energy": figures.energy_breakdown(estimate(model, batch)),
+    }
+    for name, figure in made.items():
+        typer.echo(str(figures.save(figure, output_dir / f"{name}.{format_}")))
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _gpu() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _numbers(option: str, given: str) -> list[float]:
+    try:
+        return [float(part) for part in given.split(",")]
+    except ValueError as error:
+        raise EnergyError(f"{option} takes numbers separated by commas, got {given!r}") from error
+
+
+def _model_and_batch(
+    path_or_entry: str, texts: list[str] | None, data: Path | None, column: str, limit: int, length: int
+) -> "tuple[PreTrainedModel, dict[str, Any], PreTrainedTokenizerBase | None]":
+    """The model, the texts as token ids, and the tokenizer if it has one."""
+    _quiet()
+    import torch
+
+    from snlp_zoo import registry
+    from snlp_zoo.data import read_set
+    from snlp_zoo.errors import CheckpointError
+
+    tokenizer = None
+    try:
+        folder = registry.find_checkpoint(path_or_entry)
+    except CheckpointError:
+        if path_or_entry not in registry.list_entries():
+            raise
+        logger.warning("%s is not trained: random weights", path_or_entry)
+        model = registry.build(path_or_entry)
+    else:
+        model = registry.load(folder)
+        if texts or data or (folder / "tokenizer_config.json").is_file():
+            tokenizer = registry.load_tokenizer(folder)
+    if data is not None:
+        texts = [*(texts or []), *read_set(data, text=column, label=None).texts[:limit]]
+    longest = model.config.max_position_embeddings
+    if texts:
+        if tokenizer is None:
+            raise EnergyError(f"{path_or_entry} has no tokenizer for texts; leave --text and --data out")
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        return model, {key: batch[key] for key in ("input_ids", "attention_mask")}, tokenizer
+    generator = torch.Generator().manual_seed(0)
+    first = min(5, model.config.vocab_size - 1)
+    ids = torch.randint(first, model.config.vocab_size, (1, min(length, longest)), generator=generator)
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokenizer
+
+
+def _pareto_table(rows: list[dict[str, Any]], best: list[dict[str, Any]]) -> str:
+    lines = ["| T | threshold | accuracy | firing rate | uJ per token | dense / spiking | ms per text | best |"]
+    lines.append("|---" * 8 + "|")
+    for row in rows:
+        lines.append(
+            f"| {row['time_steps']} | x {row['threshold']:g} | {100 * row['accuracy']:.1f} % "
+            f"| {100 * row['firing_rate']:.1f} % | {row['pj_per_token'] * 1e-6:.3g} | {row['ratio']:.2f}x "
+            f"| {row['ms_per_text']:.2f} | {'yes' if row in best else ''} |"
+        )
+    return "\n".join([*lines, "", "Energy is estimated with memory, not measured; milliseconds are this machine's."])

@@ -1,0 +1,149 @@
+"""Counts of every tiny entry, against formulas that know the wiring and see nothing but the neurons' spikes.
+
+n tokens, T steps, D width, F inner width, L layers, H heads, C classes; one text, without padding.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from spikingjelly.activation_based.neuron import BaseNode
+
+from snlp_zoo import registry
+from snlp_zoo.energy.report import count
+from snlp_zoo.ops.bit_linear import quantise, unpack_weight
+
+TINY = [n for n in registry.list_entries() if "_tiny" in n and registry.load_entry(n).recipe is None]
+CASES = [(entry, packed) for entry in TINY for packed in (False, True) if not packed or entry.endswith(("158", "1bit"))]
+N = 11
+
+
+def spikes_of(model, ids):
+    """Neuron -> spikes [T, 1, n, D]."""
+    seen = {}
+
+    def hook(name):
+        return lambda _, __, spikes: seen.setdefault(name, []).append(spikes)
+
+    nodes = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseNode)]
+    handles = [module.register_forward_hook(hook(name)) for name, module in nodes]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def nonzero_weights(layer):
+    """[M, K], 1 where a weight is one."""
+    bits = getattr(layer, "bits", 32)
+    if bits == 32:
+        return torch.ones(layer.out_features, layer.in_features)
+    signs = (
+        unpack_weight(layer.weight_packed, bits, layer.in_features) if layer.packed else quantise(layer.weight, bits)[0]
+    )
+    return (signs != 0).float()
+
+
+def accumulates(layer, spikes):
+    """One addition wherever a spike meets a weight that is not zero."""
+    return int(((spikes != 0).float() @ nonzero_weights(layer).mT).sum())
+
+
+def fed_by(family, name):
+    """Which neuron feeds a linear layer, by the model's own description."""
+    if family == "spikelm":
+        return f"{name}.neuron"
+    block, _, part = name.rpartition(".")
+    layer = int(block.split(".")[2])
+    before = "spikingbert.input_neuron" if layer == 0 else f"spikingbert.layers.{layer - 1}.mlp.down_neuron"
+    attention = f"spikingbert.layers.{layer}.attention"
+    feeds = {"query": before, "key": before, "value": before, "output": f"{attention}.context_neuron"}
+    return (feeds | {"up": f"{attention}.output_neuron", "down": f"{block}.up_neuron"})[part]
+
+
+def by_role(counter):
+    found = {}
+    for row in counter.rows.values():
+        if row.role != "matmul":
+            found.setdefault(row.role, Counter()).update(row.counts)
+    return {role: {k: v for k, v in counts.items() if v} for role, counts in found.items() if sum(counts.values())}
+
+
+@pytest.mark.parametrize(("entry", "packed"), CASES)
+def test_products(entry, packed, model_of, batch_of):
+    model = model_of(entry, packed=packed)
+    batch = batch_of(N)
+    counter, time_steps, _, tokens = count(model, batch)
+    family, config = model.config.model_type, model.config
+    spikes = spikes_of(model, batch["input_ids"])
+    assert (time_steps, tokens, counter.problems) == (config.time_steps, N, {})
+    rows = {row.name: row for row in counter.rows.values() if row.role == "matmul"}
+    expected_kind = "ternary" if family == "spikelm" else "binary"
+    for layer in range(config.num_hidden_layers):
+        block = f"{family}.layers.{layer}"
+        for part in ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down"):
+            row, linear = rows.pop(f"{block}.{part}"), model.get_submodule(f"{block}.{part}")
+            train = spikes[fed_by(family, f"{block}.{part}")]
+            assert row.ac == accumulates(linear, train), row.name
+            assert (row.mac, row.nnz, row.elements) == (0, int((train != 0).sum()), train.numel()), row.name
+            assert row.kind == f"{expected_kind} x {'real' if config.weight_bits == 32 else 'lowbit'}"
+            assert set(row.counts) == {"add" if config.weight_bits == 32 else "iadd"}
+            assert row.dense == time_steps * N * linear.in_features * linear.out_features
+        suffix = "spikes" if family == "spikelm" else "neuron"
+        for what in ("key", "value"):  # every spike is added to the scores, or outputs, of all N queries
+            row = rows.pop(f"{block}.attention @ {what}_{suffix}")
+            train = spikes[f"{block}.attention.{what}_{suffix}"]
+            assert (row.ac, row.mac) == (int((train != 0).sum()) * N, 0), row.name
+            assert row.dense == time_steps * N * N * config.hidden_size
+    head = {"classifier": config.hidden_size * config.num_labels}
+    head |= {"spikelm.pooler.dense": config.hidden_size**2} if family == "spikelm" else {}
+    assert {name: (row.ac, row.mac) for name, row in rows.items()} == {name: (0, macs) for name, macs in head.items()}
+
+
+@pytest.mark.parametrize(("entry", "packed"), CASES)
+def test_everything_else(entry, packed, model_of, batch_of):
+    model = model_of(entry, packed=packed)
+    counter, *_ = count(model, batch_of(N))
+    c = model.config
+    T, D, F, L, H, C = (
+        c.time_steps, c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, c.num_labels
+    )  # fmt: skip
+    outputs, scores, low = L * T * N * (5 * D + F), L * T * H * N * N, c.weight_bits != 32
+    norm, gelu = N * D + 2 * L * T * N * D, L * T * N * F
+    expected = {
+        "norm": {"add": 4 * norm, "mul": 3 * norm},
+        "softmax": {"exp": scores, "add": scores, "div": scores},
+        "residual": {"add": 2 * N * D + 2 * L * T * N * D},
+        "other": {"mul": scores},
+    }
+    if c.model_type == "spikelm":
+        leaky, memoryless = L * T * N * (5 * D + F), L * T * N * 2 * D
+        attention = scores + L * T * N * D  # one amplitude per step: not a part of any weight
+        expected |= {
+            "neuron": {"add": 2 * (leaky + memoryless), "mul": 2 * leaky},
+            "activation": {"exp": gelu + D, "mul": 2 * gelu, "add": gelu},
+            "bias": {"add": outputs + D + C},
+            "readout": {"add": T * N * D, "mul": N * D},
+            "amplitude": {"mul": attention + (0 if low else outputs)},
+        }
+    else:
+        neurons, chunks = T * N * (D + L * (5 * D + F)), -(-T // 8)
+        expected |= {
+            "neuron": {"add": 2 * neurons},
+            "activation": {"exp": gelu, "mul": 2 * gelu, "add": gelu},
+            "bias": {"add": outputs + C},
+            "readout": {"add": (L + 1) * (T + chunks) * N * D, "div": (L + 1) * N * D},
+        }
+    if low:
+        expected["scale"] = {"mul": outputs}
+    assert by_role(counter) == expected
+    gathered = sum(row.bytes for row in counter.rows.values() if row.role == "gather")
+    assert gathered == 4 * (3 * N * D + D)  # three tables, and the first token for the head
+
+
+@pytest.mark.parametrize("entry", [e for e in TINY if e.endswith(("158", "1bit"))])
+def test_packing_changes_no_count(entry, model_of, batch_of):
+    rows = [count(model_of(entry, packed=packed), batch_of(7, 3))[0].rows for packed in (False, True)]
+    strip = [{k: (r.ac, r.mac, r.nnz, r.dense, dict(r.counts), r.weight_bits) for k, r in x.items()} for x in rows]
+    assert strip[0] == strip[1]

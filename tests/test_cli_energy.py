@@ -1,0 +1,116 @@
+"""The commands about energy, as a user runs them."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from snlp_zoo.cli import app
+from snlp_zoo.energy.report import STATEMENT
+from snlp_zoo.errors import CheckpointError, EnergyError
+from snlp_zoo.registry import build
+
+runner = CliRunner()
+
+
+def run(*arguments, code=0):
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, Exception) and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def trained(request, tmp_path, monkeypatch):
+    """A saved classifier with a tokenizer, and labelled texts."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = build(getattr(request, "param", "spikelm_tiny"), num_labels=2)
+    with torch.no_grad():
+        model.train()(torch.randint(5, 100, (4, 12)))
+    model.eval().save_pretrained(tmp_path / "model")
+    words = ["[PAD]", "[UNK]", "a", "fine", "film", "dull"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))  # noqa: S106
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", model_max_length=64)  # noqa: S106
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "test.tsv").write_text("text\tlabel\na fine film\t1\ndull\t0\na dull film\t0\nfine fine film\t1\n")
+    return tmp_path
+
+
+def test_energy_of_an_entry_and_of_texts(trained):
+    entry = json.loads(run("energy", "spikelm_tiny", "--tokens", 9, "--json"))
+    assert (entry["tokens"], entry["statement"]) == (9, STATEMENT)
+    text = json.loads(run("energy", "model", "--text", "a fine film", "--json"))
+    assert (text["texts"], text["tokens"]) == (1, 3)
+    told = run("energy", "model", "--data", "test.tsv", "--limit", 2, "--memory", "dram", "--output-dir", "out")
+    assert STATEMENT in told
+    assert "2 texts of 4 tokens" in told
+    written = json.loads((trained / "out" / "energy.json").read_text())
+    assert (written["memory"]["name"], written["tokens"]) == ("dram", 4)
+    assert (trained / "out" / "energy.md").read_text() == told
+
+
+def test_verify_exits_with_one_when_a_claim_fails(trained):
+    assert "every claim holds" in run("verify", "model")
+    found = json.loads(run("verify", "model", "--text", "a fine film", "--json"))
+    assert found["ok"]
+    assert 0.9 < found["spike_driven_fraction"] < 1
+    failed = run("verify", "model", "--claimed-fraction", "0.5", code=1)
+    assert "FAILS  spike_driven_fraction: claimed 0.5000" in failed
+    assert not json.loads(run("verify", "model", "--claimed-fraction", "0.5", "--json", code=1))["ok"]
+
+
+@pytest.mark.parametrize("trained", ["spikelm_tiny", "spikingbert_tiny"], indirect=True)
+def test_pareto_table_and_figure(trained):
+    pytest.importorskip("matplotlib")
+    told = json.loads(
+        run("pareto", "model", "--data", "test.tsv", "--time-steps", "1,6", "--thresholds", "0.5,1", "--json",
+            "--output", "pareto.png")
+    )  # fmt: skip
+    rows = told["rows"]
+    assert [(row["time_steps"], row["threshold"]) for row in rows] == [(t, x) for t in (1, 6) for x in (0.5, 1.0)]
+    assert all(0 <= row["accuracy"] <= 1 and row["ms_per_text"] > 0 for row in rows)
+    assert rows[0]["pj_per_token"] < rows[2]["pj_per_token"]  # by T
+    assert rows[2]["firing_rate"] > rows[3]["firing_rate"]  # lower thresholds fire more
+    assert (trained / "pareto.png").stat().st_size > 1000
+    table = run("pareto", "model", "--data", "test.tsv", "--time-steps", "2", "--limit", 3)
+    assert "| 2 | x 1 |" in table
+
+
+def test_plots_are_written(trained):
+    pytest.importorskip("matplotlib")
+    told = run("plots", "model", "--text", "a fine film", "--format", "svg", "--output-dir", "out")
+    assert [line.rpartition("/")[2] for line in told.split()] == [
+        "raster.svg",
+        "rates.svg",
+        "membranes.svg",
+        "energy.svg",
+    ]
+    assert all((trained / line).stat().st_size > 1000 for line in told.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "expected"),
+    [
+        (("energy", "spikelm_tinny"), CheckpointError, "did you mean"),
+        (("energy", "spikelm_tiny", "--text", "a film"), EnergyError, "has no tokenizer"),
+        (("energy", "spikelm_tiny", "--costs", "horowitz"), EnergyError, "unknown cost table"),
+        (("pareto", "model", "--data", "test.tsv", "--time-steps", "1,two"), EnergyError, "--time-steps takes numbers"),
+        (("pareto", "model", "--data", "test.tsv", "--time-steps", "0"), EnergyError, "at least 1"),
+        (("pareto", "model", "--data", "test.tsv", "--thresholds", "-1"), EnergyError, "thresholds positive"),
+    ],
+)
+def test_mistakes_are_explained(arguments, error, expected, trained):
+    with pytest.raises(error, match=expected):
+        run(*arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_measuring_needs_a_gpu(trained):
+    with pytest.raises(EnergyError, match="needs an NVIDIA GPU"):
+        run("energy", "spikelm_tiny", "--measured", "--tokens", 4)

@@ -175,6 +175,7 @@ def test_runs_on_the_device_of_its_tensors(backend, op):
 
 @pytest.mark.parametrize("entry", ["spikelm_tiny", "spikingbert_tiny"])
 def test_model_equals_cpu(entry):
+    torch.manual_seed(1)  # with 0 a membrane of SpikingBERT meets its threshold exactly: rounding decides
     model = snlp_zoo.build(entry).double()
     ids = torch.randint(1, 120, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

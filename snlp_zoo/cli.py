@@ -14,7 +14,7 @@ from rich.table import Table
 
 from snlp_zoo import cli_energy
 from snlp_zoo.doctor import torchvision_mismatch
-from snlp_zoo.errors import BackendError, Interrupted, SnlpError
+from snlp_zoo.errors import BackendError, Interrupted, ProcessError, SnlpError
 
 app = typer.Typer(
     help="Spiking language models: list, train, evaluate, predict.",
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub; main by default.")]
 VerifyFlag = Annotated[bool, typer.Option("--verify", help="Compare every file with the Hub's checksums.")]
+_SILENCE = 20  # seconds: rank 0 says a mistake that is everybody's, and the launcher ends this process meanwhile
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -35,10 +36,8 @@ def main() -> None:
     try:
         app()
     except SnlpError as error:
-        if not speaks and not isinstance(error, Interrupted):
-            time.sleep(
-                20
-            )  # most mistakes are everybody's: rank 0 says it, and the launcher ends this process meanwhile
+        if not speaks and not isinstance(error, Interrupted | ProcessError):
+            time.sleep(_SILENCE)
         if speaks or not isinstance(error, Interrupted):
             typer.echo(f"snlp-zoo: {error}", err=True)
         sys.exit(error.exit_code)
@@ -62,7 +61,7 @@ def _print(result: dict[str, Any], as_json: bool, table: Table) -> None:
         typer.echo(json.dumps(result))
     else:
         # a pipe has no width of its own: nothing there should be folded
-        Console(width=None if sys.stdout.isatty() else 140).print(table)
+        Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)  # [x] is text
 
 
 def _table(title: str, *columns: str, numbers: bool = False) -> Table:

@@ -49,7 +49,8 @@ def energy(
 
     model, batch, _ = _model_and_batch(path_or_entry, text, data, column, limit, tokens)
     joules = measure(model.to(_gpu()), batch) if measured else None  # type: ignore[arg-type]
-    report = replace(estimate(model.to("cpu"), batch, costs=costs, memory=memory), measured=joules)  # type: ignore[arg-type]
+    report = estimate(model.to("cpu"), batch, costs=costs, memory=memory)  # type: ignore[arg-type]
+    report = replace(report, measured=joules, data=_what_ran(text, data))
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "energy.json").write_text(report.to_json() + "\n", encoding="utf-8")
@@ -65,11 +66,14 @@ def verify(
     column: ColumnOption = "text",
     limit: LimitOption = 16,
     tokens: TokensOption = 128,
-    claimed_fraction: Annotated[float | None, typer.Option(help="A published spike-driven fraction to check.")] = None,
+    claimed_fraction: Annotated[
+        float | None, typer.Option(help="A published spike-driven fraction, to hold within 0.01.")
+    ] = None,
     json_: JsonFlag = False,
 ) -> None:
     """Check where the spikes are: exit code 1 when a claim of the model does not hold in the data."""
     from snlp_zoo.energy import verify_spikes
+    from snlp_zoo.energy.markdown import percent
 
     model, batch, _ = _model_and_batch(path_or_entry, text, data, column, limit, tokens)
     found = verify_spikes(model, batch, claimed_fraction)
@@ -83,7 +87,8 @@ def verify(
         for where, what in found.failures.items():
             typer.echo(f"FAILS  {where}: {what}")
         held = "every claim holds" if found.ok else f"{len(found.failures)} claims fail"
-        typer.echo(f"{held}; spike-driven fraction {100 * found.spike_driven_fraction:.2f} %")
+        share = percent(found.spike_driven_fraction, 2)
+        typer.echo(f"{held}; spike-driven fraction {share} ({_what_ran(text, data)})")
     if not found.ok:
         raise typer.Exit(1)
 
@@ -104,6 +109,8 @@ def pareto(
 ) -> None:
     """Accuracy, energy and latency at several T and thresholds: one table, one figure."""
     _quiet()
+    if output is not None and output.suffix not in (".png", ".svg"):  # before hours of work
+        raise EnergyError(f"figures are written as png or svg, got {output.name!r}")
     from snlp_zoo import registry
     from snlp_zoo.data import read_set
     from snlp_zoo.pareto import front
@@ -182,6 +189,10 @@ def _numbers(option: str, given: str) -> list[float]:
         raise EnergyError(f"{option} takes numbers separated by commas, got {given!r}") from error
 
 
+def _what_ran(texts: list[str] | None, data: Path | None) -> str:
+    return f"of {data.name}" if data else "as given" if texts else "random tokens"
+
+
 def _model_and_batch(
     path_or_entry: str, texts: list[str] | None, data: Path | None, column: str, limit: int, length: int
 ) -> "tuple[PreTrainedModel, dict[str, Any], PreTrainedTokenizerBase | None]":
@@ -205,6 +216,8 @@ def _model_and_batch(
         model = registry.load(folder)
         if texts or data or (folder / "tokenizer_config.json").is_file():
             tokenizer = registry.load_tokenizer(folder)
+    if not all(text.strip() for text in texts or []):
+        raise EnergyError("--text is empty; give it at least one word")
     if data is not None:
         texts = [*(texts or []), *read_set(data, text=column, label=None).texts[:limit]]
     longest = model.config.max_position_embeddings

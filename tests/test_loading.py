@@ -322,11 +322,14 @@ def test_options_of_transformers(saved, tmp_path):
 
 def test_a_head_the_saved_model_did_not_have_starts_afresh_and_says_so(tmp_path, caplog):
     build("spikelm_tiny", task="masked-lm").save_pretrained(tmp_path)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
     transformers_logging.enable_propagation()
     try:
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     finally:
         transformers_logging.disable_propagation()
+        transformers_logging.set_verbosity(before)
     assert model.classifier.weight.isfinite().all()
     assert "classifier.weight" in caplog.text
     assert "cls.predictions.decoder.weight" in AutoModelForMaskedLM.from_pretrained(tmp_path).state_dict()

@@ -22,8 +22,8 @@ SYSTEMS = {"spikelm": "SpikeLM", "spikingbert": "SpikingBERT"}
 
 def summary(entry: str, data: str, report: EnergyReport) -> Found:
     """One line of the ledger."""
-    driven = [row for row in report.layers if row["role"] == "matmul" and row["mac"] == 0]
-    rate = sum(row["nnz"] for row in driven) / sum(row["nnz"] / row["rate"] for row in driven if row["nnz"])
+    driven = [row for row in report.layers if row["role"] == "matmul" and row["spike_driven"]]
+    rate = sum(row["nnz"] for row in driven) / sum(row["elements"] for row in driven)
     ratios = [report.ratios[level]["dense_fp32"] for level in ("matmul_only", "all_ops", "with_memory")]
     ratios = [ratio or float("inf") for ratio in ratios]
     return Found(entry, data, report.time_steps, rate, report.spike_driven_fraction, *ratios)

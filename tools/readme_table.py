@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from snlp_zoo import registry
+from snlp_zoo.energy.markdown import percent
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = "<!-- zoo table: begin (python tools/readme_table.py writes it) -->", "<!-- zoo table: end -->"
@@ -32,7 +33,7 @@ def _cells(result: dict[str, Any]) -> str:
     rate = f"{100 * result['firing_rate']:.1f} %" if "firing_rate" in result else "-"
     teacher = f"{100 * result['teacher_value']:.1f}" if "teacher_value" in result else "-"
     paper = f"{100 * result['paper_value']:.1f}" if "paper_value" in result else "-"
-    driven = f"{100 * result['spike_driven_fraction']:.1f} %" if "spike_driven_fraction" in result else "-"
+    driven = percent(result["spike_driven_fraction"], 1) if "spike_driven_fraction" in result else "-"
     return f"{task} | {paper} | {teacher} | {100 * result['value']:.1f} | {rate} | {driven}"
 
 

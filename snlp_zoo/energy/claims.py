@@ -6,6 +6,7 @@ Every claim counts products only: E_dense = mac MACs, E_spiking = ac T r MACs, s
 from dataclasses import dataclass
 
 from snlp_zoo.energy.costs import COST_TABLES, CostTable
+from snlp_zoo.energy.markdown import percent
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def ledger(found: dict[str, list[Found]]) -> str:
             verdict = "low enough" if row.rate <= needed else "too high"
             lines.append(
                 f"| {row.entry} | {row.data} | {row.time_steps} | {100 * row.rate:.1f} % "
-                f"| {100 * row.spike_driven_fraction:.2f} % | {row.matmul_only:.2f}x | {row.all_ops:.2f}x "
+                f"| {percent(row.spike_driven_fraction, 2)} | {row.matmul_only:.2f}x | {row.all_ops:.2f}x "
                 f"| {row.with_memory:.2f}x | {verdict} for {claim.ratio:.2f}x at T = {claim.time_steps} "
                 f"({claim.ratio * needed / row.rate:.2f}x) |"
             )

@@ -66,7 +66,7 @@ class CostTable:
     def pj(self, counts: Mapping[str, float]) -> float:
         """Picojoules of these operations: primitive -> how many."""
         prices = dict(self.operations)
-        return sum(number * prices[primitive].pj for primitive, number in counts.items())
+        return sum(number * lookup("operation", primitive, prices).pj for primitive, number in counts.items())
 
     @property
     def mac(self) -> float:

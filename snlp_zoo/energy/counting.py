@@ -87,8 +87,7 @@ class Counting(BaseCounter):
         self.root = type(model).__name__
         self.tags = WeakTensorKeyDictionary()
         weights = [*model.parameters(), *model.buffers()]
-        self.storages = {_storage(weight) for weight in weights}
-        self.overwritten: set[int] = set()  # storages of buffers that hold data now
+        self.overwritten: set[int] = set()  # storages of what was constant and holds data now
         for weight in weights:
             self.tags[weight] = Tag(static=True)
 
@@ -113,8 +112,11 @@ class Counting(BaseCounter):
         results = [x for x in ((out,) if isinstance(out, Tensor) else tree_leaves(out)) if isinstance(x, Tensor)]
         for x in results:
             self.tags[x] = made
-        if func._schema.is_mutable and not all(tag.static for tag in tags):
-            self.overwritten |= self.storages & {_storage(x) for x in results}
+        stored = {_storage(x) for x in results}
+        if not func._schema.is_mutable:
+            self.overwritten -= stored - {_storage(x) for x in given}  # a new tensor at an old address
+        elif not all(tag.static for tag in tags):
+            self.overwritten |= stored
 
     def _rule(self, name: str, path: str, args: tuple, given: list[Tensor], tags: list[Tag], out: Any) -> Tag:
         """Record what the operation takes; returns what its output is."""
@@ -172,6 +174,7 @@ class Counting(BaseCounter):
         spikes = [tag for tag in tags if tag.spikes]
         constant = [x for x, tag in zip(given, tags, strict=True) if tag.static]
         role, primitives = prices.ELEMENTWISE[name]
+        readout = readout and role in ("residual", "other")  # a norm after it, a dense network has too
         if name == "add" and constant:
             role = "bias"
         if name == "mul" and constant and getattr(self.modules.get(path), "bits", 32) != 32:
@@ -186,7 +189,7 @@ class Counting(BaseCounter):
             factor = next((x for x in (*constant, *args) if not (isinstance(x, Tensor) and self.tag(x).spikes)), 1.0)
             before = given[0].new_ones(1) if tags[0].amplitudes is None else tags[0].amplitudes
             kind = "ternary" if tags[0].kind == "ternary" else "scaled"
-            return Tag(kind, tags[0].source, (before * factor).abs(), timed=timed)
+            return Tag(kind, tags[0].source, (before * factor).abs().flatten(), timed=timed)
         return Tag(timed=timed, readout=readout)
 
     def _weight_tag(self, path: str, tag: Tag) -> Tag:
@@ -319,6 +322,8 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     Raises:
         EnergyError: on leaving, if an operation had no price; it lists them and where they came from.
     """
+    if torch.is_inference_mode_enabled():
+        raise EnergyError("energy is not counted under torch.inference_mode(); leave it out")
     counter = Counting(model)
     nodes = [module for module in model.modules() if isinstance(module, neuron.BaseNode)]
     handles = [node.register_forward_pre_hook(counter.entered) for node in nodes]

@@ -9,6 +9,12 @@ if TYPE_CHECKING:
 _LEVELS = {"matmul_only": "products only, as papers count", "all_ops": "all operations", "with_memory": "with memory"}
 
 
+def percent(share: float, digits: int) -> str:
+    """A share in percent, never rounded up to the whole."""
+    text = f"{100 * share:.{digits}f} %"
+    return f"> {100 - 10**-digits:.{digits}f} %" if share < 1 and text.startswith("100") else text
+
+
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
@@ -18,8 +24,9 @@ def markdown(report: "EnergyReport") -> str:
     names = list(report.ratios["matmul_only"])
     lines = ["## Energy", "", report.statement, ""]
     lines += [
-        f"{report.model}, T = {report.time_steps}, {report.texts} texts of {report.tokens} tokens without padding; "
-        f"costs `{report.costs['name']}` (sha256 `{report.costs['sha256'][:12]}`), memory `{report.memory['name']}`. "
+        f"{report.model}, T = {report.time_steps}, {report.texts} texts of {report.tokens} tokens without padding "
+        f"({report.data}); costs `{report.costs['name']}` (sha256 `{report.costs['sha256'][:12]}`), "
+        f"memory `{report.memory['name']}`. "
         "A ratio above 1 means that the spiking network takes less; in brackets least and most over all cost tables.",
         "",
         f"| counted | {' | '.join(f'against {name}' for name in names)} |",
@@ -33,14 +40,14 @@ def markdown(report: "EnergyReport") -> str:
         lines.append(f"| {meaning} | {' | '.join(cells)} |")
     totals, low_high = report.totals, report.bounds["pj"]
     computed = ", ".join(f"{totals[key]:,.0f}" for key in ("ac", "mac", "other"))
-    driven, driven_energy = 100 * report.spike_driven_fraction, 100 * report.spike_driven_energy_fraction
+    driven = [percent(share, 2) for share in (report.spike_driven_fraction, report.spike_driven_energy_fraction)]
     norm = f"{report.norm_ops_ratio:.2f}" if report.norm_ops_ratio else "-"
     lines += [
         "",
         "| quantity | value |",
         "|---|---|",
-        f"| spike-driven fraction of accumulates and multiply-accumulates | {driven:.2f} % |",
-        f"| the same of their energy | {driven_energy:.2f} % |",
+        f"| spike-driven fraction of accumulates and multiply-accumulates | {driven[0]} |",
+        f"| the same of their energy | {driven[1]} |",
         f"| accumulates, multiply-accumulates, other | {computed} |",
         f"| moved | {totals['bytes'] / 1e6:,.2f} MB |",
         f"| energy with memory | {totals['pj'] * 1e-6:,.2f} uJ "
@@ -60,7 +67,7 @@ def breakdown(report: "EnergyReport") -> list[tuple[str, float, float]]:
     """Role, share of the energy and pJ, the largest first; products by what drives them."""
     found: Counter = Counter()
     for layer in report.layers:
-        driven = "products of spikes" if layer["mac"] == 0 else "products of real numbers"
+        driven = "products of spikes" if layer["spike_driven"] else "products of real numbers"
         found[driven if layer["role"] == "matmul" else layer["role"]] += layer["pj"]
     total = sum(found.values()) or 1.0
     return [(role, pj / total, pj) for role, pj in found.most_common() if pj]

@@ -27,14 +27,16 @@ class EnergyReport:
     """What `estimate` found. Ratios are baseline / spiking: above 1 the spiking network takes less.
 
     ratios: level -> baseline -> ratio, None where spikes take nothing.
-    bounds: of ratios and of totals.pj, [lowest, highest] over all cost tables.
+    bounds: of ratios and of totals.pj, [lowest, highest] over the cost tables that know the memory's places.
     energy_pj: level -> "spiking" or a baseline -> picojoules of the whole batch.
     spike_driven_fraction: accumulates caused by spikes, of all accumulates and multiply-accumulates;
     spike_driven_energy_fraction: the same of their energy.
     totals: ac, mac, other (primitives outside products), bytes, pj and pj_per_token (both with memory).
     norm_ops, norm_ops_ratio: Norm#OPS of the linear layers with spiking inputs, and 5.1 / Norm#OPS.
-    layers: name, role, kind, nnz, rate, ifr (spikes per neuron over all steps), ac, mac, alternative (primitives of one
-    multiplication per integer, in place of ac; pj is that of the cheaper), other, bytes, pj.
+    layers: name, role, kind, spike_driven, nnz, elements, rate, ifr (spikes per neuron over all steps), ac, mac,
+    alternative (primitives of one multiplication per integer, in place of ac; pj is that of the cheaper), other, bytes,
+    pj.
+    data: what was run, in words.
     coverage: every tensor operation seen, and how often; none was without a price.
     """
 
@@ -57,6 +59,7 @@ class EnergyReport:
     coverage: dict[str, Any]
     statement: str = STATEMENT
     measured: dict[str, Any] | None = None
+    data: str = "given"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,9 +91,14 @@ def split_texts(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     inputs["attention_mask"] = mask
     for row in range(len(given)):
         if (kept := mask[row] != 0).any():
-            yield {
-                key: value[row : row + 1, kept] if isinstance(value, Tensor) else value for key, value in inputs.items()
-            }
+            yield {key: _own(value, row, kept, len(given)) for key, value in inputs.items()}
+
+
+def _own(value: Any, row: int, kept: Tensor, texts: int) -> Any:
+    """A text's part of an argument; tensors without an axis of texts are shared, without one of tokens as they are."""
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    return value[row : row + 1, kept] if len(value) == texts else value[:, kept]
 
 
 def count(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Counting, int, int, int]:
@@ -142,12 +150,14 @@ def estimate(
     if counter.problems:
         raise EnergyError("; ".join(f"{where}: {what}" for where, what in counter.problems.items()))
     rows = list(counter.rows.values())
-    sides = [_Prices(rows, steps, texts, t, memory, baselines) for t in (table, *_others(table))]
+    sides = [_Prices(rows, steps, texts, t, memory, baselines) for t in (table, *_others(table, memory))]
     return _report(type(model).__name__, sides, tokens, dict(sorted(counter.seen.items())))
 
 
-def _others(table: CostTable) -> list[CostTable]:
-    return [other for other in COST_TABLES.values() if other != table]
+def _others(table: CostTable, memory: Memory) -> list[CostTable]:
+    """The published tables that know this memory's places."""
+    places = {place for place in (memory.weight, memory.activation, memory.membrane) if isinstance(place, str)}
+    return [other for other in COST_TABLES.values() if other != table and places <= dict(other.places).keys()]
 
 
 def _report(model: str, every: "list[_Prices]", tokens: int, seen: dict[str, int]) -> EnergyReport:
@@ -241,7 +251,9 @@ class _Prices:
             "name": row.name,
             "role": row.role,
             "kind": row.kind,
+            "spike_driven": row.spike_driven,
             "nnz": row.nnz,
+            "elements": row.elements,
             "rate": rate,
             "ifr": None if rate is None else rate * (self.steps if row.timed else 1),
             "ac": row.ac,

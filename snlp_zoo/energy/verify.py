@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from snlp_zoo.energy.report import count
+from snlp_zoo.errors import EnergyError
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ def verify_spikes(model: nn.Module, batch: Mapping[str, Any], claimed_fraction: 
         model, batch: as in `estimate`.
         claimed_fraction: a published spike_driven_fraction, to hold within a percentage point.
     Raises:
-        EnergyError: an operation without a price, only padding, or nothing that spikes.
+        EnergyError: an operation without a price, only padding, nothing that spikes, or a claim that is no fraction.
     """
+    if claimed_fraction is not None and not 0 <= claimed_fraction <= 1:
+        raise EnergyError(f"a spike-driven fraction is between 0 and 1, got {claimed_fraction}")
     counter, *_ = count(model, batch)
     patterns = getattr(model, "spike_driven", ())
     products, failures = [], dict(counter.problems)

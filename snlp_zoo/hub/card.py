@@ -16,6 +16,7 @@ from snlp_zoo.hub.client import RESULTS, digest
 
 _PIPELINES = {"ForSequenceClassification": "text-classification", "ForMaskedLM": "fill-mask"}
 _AUTO = {"ForSequenceClassification": "AutoModelForSequenceClassification", "ForMaskedLM": "AutoModelForMaskedLM"}
+_DATA_FILES = (".tsv", ".csv", ".jsonl", ".json", ".txt", ".parquet", ".gz", ".xz")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ def _head_of(model: PreTrainedModel) -> str:
 
 def _name(source: str) -> tuple[str, str | None]:
     """The name to show for a path, package or Hub id, and the Hub id if it is one; no path of this machine is shown."""
-    local = Path(source).exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source
+    written = source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source
+    local = written or Path(source).exists() or Path(source).suffix in _DATA_FILES
     return (Path(source).stem or "?", None) if local and source else (source, source if "/" in source else None)
 
 

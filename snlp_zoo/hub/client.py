@@ -46,7 +46,8 @@ _CURES = {
 
 def travels(path: str) -> bool:
     """Whether a file of a repository is one of those that are sent and fetched."""
-    return any(fnmatchcase(path, pattern) for pattern in TRAVELLING)
+    inside = "/" in path.removeprefix(RESULTS)  # a pattern's star would reach into folders
+    return not inside and any(fnmatchcase(path, pattern) for pattern in TRAVELLING)
 
 
 def is_repo_id(name: str) -> bool:

@@ -10,6 +10,7 @@ from snlp_zoo import registry
 from snlp_zoo.errors import HubError
 from snlp_zoo.hub.card import make_card, make_results, read_run
 from snlp_zoo.hub.client import CARD, RESULTS, digest, insist, is_repo_id, records, travels
+from snlp_zoo.models.checkpoint import refuse_outside
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def publish(
     del model
     texts = {name: text.encode() for name, text in {CARD: card, **make_results(run)}.items()}
     own = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name not in texts)
+    for name in filter(travels, own):
+        refuse_outside(folder / name)
     contents: dict[str, Path | bytes] = {name: folder / name for name in own if travels(name)} | texts
     commit = None if dry_run else insist(lambda: _attempt(contents, repo_id, revision or "main", private), repo_id)
     sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in contents.items()}

@@ -341,7 +341,7 @@ class Trainer:
         self.checkpoints.save(self.progress.step, state)
 
     def _load_checkpoint(self) -> None:
-        recover_folder(self.folder / "model")
+        self._on_main(lambda: recover_folder(self.folder / "model"))
 
         def take(state: dict[str, Any]) -> None:
             self.progress = Progress(**state["progress"])

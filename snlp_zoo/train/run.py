@@ -201,7 +201,7 @@ def _prepare_folder(accelerator: "Accelerator", folder: Path, recipe: Recipe, re
             if not resume:
                 for leftover in ("checkpoints", "teacher"):
                     shutil.rmtree(folder / leftover, ignore_errors=True)
-                for leftover in ("metrics.jsonl", "summary.json"):
+                for leftover in ("metrics.jsonl", "summary.json", "energy.json", "energy.md"):
                     (folder / leftover).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write to the run folder {folder}: {error}; choose --output-dir") from error

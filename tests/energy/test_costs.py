@@ -1,8 +1,12 @@
 import dataclasses
 import math
+import time
 
 import pytest
+import torch
 
+from snlp_zoo.energy import estimate
+from snlp_zoo.energy.claims import CLAIMS
 from snlp_zoo.energy.costs import (
     COST_TABLES,
     MEMORY_MODELS,
@@ -14,6 +18,7 @@ from snlp_zoo.energy.costs import (
     qnn_bits,
 )
 from snlp_zoo.errors import EnergyError
+from snlp_zoo.registry import build
 
 TABLE, FP16, INT8 = (COST_TABLES[name] for name in ("horowitz45", "horowitz45_fp16", "horowitz45_int8"))
 L, D, F, N, H = 12, 768, 3072, 128, 12  # BERT-base on 128 tokens
@@ -33,6 +38,15 @@ def spiking(time_steps, rate, table=TABLE, primitive="add"):
 def test_counts_of_bert_base():
     assert (LINEAR, ATTENTION, MACS) == (10_871_635_968, 301_989_888, 11_173_625_856)
     assert L * (4 * D * D + 2 * D * F) == 84_934_656
+
+
+def test_a_report_of_bert_base_counts_them():
+    torch.manual_seed(0)
+    started = time.monotonic()
+    report = estimate(build("spikelm_base"), {"input_ids": torch.randint(1000, 30000, (1, N))})
+    assert time.monotonic() - started < 120
+    head = D * D + 2 * D  # pooler and classifier
+    assert report.energy_pj["matmul_only"]["dense_fp32"] == pytest.approx((MACS + head) * TABLE.mac, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +89,10 @@ def test_spikingbert_of_four_layers():
     macs = 4 * (N * (4 * D * D + 2 * D * F) + 2 * N * N * D)
     assert macs == 3_724_541_952
     assert mj(macs * TABLE.mac) == pytest.approx(17.132893, rel=1e-6)
-    assert pytest.approx(5.1 / 2, rel=1e-6) == 16 * 0.159375  # Norm#OPS of a ratio of 2 is T r
-    assert pytest.approx(0.4, rel=1e-6) == 5.1 / (80 * 0.159375)
+    claim = next(claim for claim in CLAIMS if claim.system == "SpikingBERT")
+    rate = claim.needed_rate(TABLE)  # Norm#OPS of a ratio of 2 is T r
+    assert 16 * rate == pytest.approx(5.1 / 2, rel=1e-6)
+    assert mj(macs * TABLE.mac) / mj(TABLE.pj({"add": macs * 80 * rate})) == pytest.approx(0.4009, rel=1e-3)
 
 
 def test_all_operations_of_spikelm_bert():

@@ -177,6 +177,64 @@ def test_a_buffer_that_was_filled_with_data_is_no_weight():
     assert (row.kind, row.mac, row.weight_bits) == ("real x real", T * (N + 1) * D * M, 32)
 
 
+@pytest.mark.parametrize("make", ["new_zeros", "clone"])
+def test_data_written_into_a_tensor_made_of_a_weight_is_no_weight(make):
+    def wiring(toy, x):
+        fire(toy.node, x)
+        weight = toy.inner.weight
+        kept = weight.new_zeros(T, 1, N, D) if make == "new_zeros" else weight[:N].clone().expand(T, 1, N, D).clone()
+        kept[0] = x[0]
+        return toy.out(kept)
+
+    toy = Toy(wiring)
+    assert (product(toy).kind, product(toy).mac) == ("real x real", T * N * D * M)
+    assert not verify_spikes(toy, toy_batch()).ok
+
+
+def test_what_follows_the_readout_is_charged_to_the_dense_network_too():
+    def wiring(norm):
+        def run(toy, x):
+            y = toy.out(fire(toy.node, x)).mean(0)
+            return (nn.functional.layer_norm(y, (M,)) if norm else y).unsqueeze(0)
+
+        return run
+
+    plain, normed = (estimate(Toy(wiring(norm)), toy_batch()).energy_pj["all_ops"] for norm in (False, True))
+    added = {side: normed[side] - plain[side] for side in ("spiking", "dense_fp32")}
+    assert added["spiking"] == pytest.approx(added["dense_fp32"])
+    assert added["spiking"] > 0
+
+
+def test_a_scale_of_any_shape_leaves_spikes_what_they_are():
+    def wiring(toy, x):
+        return toy.out(fire(toy.node, x) * toy.scale)
+
+    toy = Toy(wiring)
+    toy.scale = nn.Parameter(torch.full((1, 1, 1, 1), 0.37))
+    assert product(toy).kind == "scaled x real"
+    assert verify_spikes(toy, toy_batch()).ok
+
+
+def test_real_numbers_times_low_bit_weights_are_not_driven_by_spikes():
+    toy = Toy(lambda toy, x: toy.out(x + 0 * fire(toy.node, x)), bits=1.58)
+    report = estimate(toy, toy_batch())
+    layer = next(layer for layer in report.layers if (layer["name"], layer["role"]) == ("out", "matmul"))
+    assert layer["ac"] > 0
+    assert layer["spike_driven"] is False
+    assert "products of spikes" not in report.to_markdown()
+
+
+@pytest.mark.parametrize("claimed", [-0.1, 7.0, float("nan")])
+def test_a_claim_is_a_fraction(claimed):
+    with pytest.raises(EnergyError, match="between 0 and 1"):
+        verify_spikes(Toy(plain), toy_batch(), claimed)
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(EnergyError, match="inference_mode"):
+        verify_spikes(Toy(plain), toy_batch())
+
+
 def test_two_spike_trains_add_where_they_coincide():
     def wiring(toy, x):
         toy.pair = fire(toy.node, x), fire(toy.other, x)

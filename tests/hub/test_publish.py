@@ -16,7 +16,7 @@ from snlp_zoo.energy import estimate
 from snlp_zoo.energy.report import STATEMENT
 from snlp_zoo.errors import CheckpointError, HubError
 from snlp_zoo.hub.card import make_results, read_run
-from snlp_zoo.hub.client import digest
+from snlp_zoo.hub.client import digest, travels
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
 IDS = [[2, 5, 6, 7, 3]]
@@ -107,6 +107,20 @@ def test_the_card_says_what_the_run_says(run_folder, trained):
     assert str(trained.recipe.parent.parent) not in report.card
     (run_folder / "energy.md").unlink()
     assert "Energy" not in snlp_zoo.publish(run_folder, "user/tiny", dry_run=True).card
+
+
+def test_a_link_out_of_the_folder_is_not_published(run_folder, tmp_path):
+    (tmp_path / "secret").write_text("not for others")
+    (run_folder / "model" / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="points outside its folder"):
+        snlp_zoo.publish(run_folder, "user/tiny", dry_run=True)
+
+
+def test_folders_of_a_repository_are_left_alone():
+    assert travels("model-00001-of-00002.safetensors")
+    assert travels(".eval_results/sst2.yaml")
+    assert not travels("model-v1/weights.safetensors")
+    assert not travels(".eval_results/old/sst2.yaml")
 
 
 def test_a_teacher_and_data_set_of_the_hub_are_linked(run_folder):

@@ -48,14 +48,6 @@ def main() -> None:
         raise
 
 
-def _quiet_transformers() -> None:
-    """Its load reports and progress bars say nothing that this program does not say itself."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
 def _print(result: dict[str, Any], as_json: bool, table: Table) -> None:
     if as_json:
         typer.echo(json.dumps(result))
@@ -116,7 +108,7 @@ def distill(
     json_: JsonFlag = False,
 ) -> None:
     """Train a spiking student from its teacher and print the final table."""
-    _quiet_transformers()
+    cli_energy.quiet_transformers()
     from snlp_zoo.train.run import distill as run
 
     summary = run(entry_or_recipe, output_dir=output_dir, overrides=set_, resume=resume)
@@ -170,7 +162,7 @@ def evaluate(
     json_: JsonFlag = False,
 ) -> None:
     """Score a trained model on a file."""
-    _quiet_transformers()
+    cli_energy.quiet_transformers()
     from snlp_zoo.train.run import evaluate_checkpoint
 
     columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label}
@@ -193,7 +185,7 @@ def predict(
     json_: JsonFlag = False,
 ) -> None:
     """Classify texts with a trained model."""
-    _quiet_transformers()
+    cli_energy.quiet_transformers()
     from snlp_zoo.predict import predict as run
 
     predictions = run(path_or_entry, texts, revision=revision, verify=verify)
@@ -214,7 +206,7 @@ def publish(
     json_: JsonFlag = False,
 ) -> None:
     """Publish a trained model with its card on the Hub, in one commit; safe to repeat."""
-    _quiet_transformers()
+    cli_energy.quiet_transformers()
     from dataclasses import asdict
 
     from snlp_zoo.hub import publish as run

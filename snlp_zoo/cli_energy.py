@@ -108,14 +108,15 @@ def pareto(
     json_: JsonFlag = False,
 ) -> None:
     """Accuracy, energy and latency at several T and thresholds: one table, one figure."""
-    _quiet()
-    if output is not None and output.suffix not in (".png", ".svg"):  # before hours of work
-        raise EnergyError(f"figures are written as png or svg, got {output.name!r}")
+    quiet_transformers()
+    from snlp_zoo import plots as figures
     from snlp_zoo import registry
     from snlp_zoo.data import read_set
     from snlp_zoo.pareto import front
     from snlp_zoo.pareto import pareto as run
 
+    if output is not None:
+        figures.check_ending(output)  # before hours of work
     folder = registry.find_checkpoint(path_or_entry)
     model, tokenizer = registry.load_classifier(folder), registry.load_tokenizer(folder)
     texts = read_set(data, text=text, label=label, label_names=model.config.label_names).subset(limit, seed=0)
@@ -129,8 +130,6 @@ def pareto(
         typer.echo(f"T {row['time_steps']}, threshold x {row['threshold']:g}: {100 * row['accuracy']:.1f} %", err=True)
     best = front(rows)
     if output is not None:
-        from snlp_zoo import plots as figures
-
         figures.save(figures.pareto_front(rows, best), output)
     typer.echo(json.dumps({"rows": rows, "front": best}) if json_ else _pareto_table(rows, best))
 
@@ -169,7 +168,8 @@ def plots(
         typer.echo(str(figures.save(figure, output_dir / f"{name}.{format_}")))
 
 
-def _quiet() -> None:
+def quiet_transformers() -> None:
+    """Its load reports and progress bars say nothing that this program does not say itself."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -197,7 +197,7 @@ def _model_and_batch(
     path_or_entry: str, texts: list[str] | None, data: Path | None, column: str, limit: int, length: int
 ) -> "tuple[PreTrainedModel, dict[str, Any], PreTrainedTokenizerBase | None]":
     """The model, the texts as token ids, and the tokenizer if it has one."""
-    _quiet()
+    quiet_transformers()
     import torch
 
     from snlp_zoo import registry

@@ -37,14 +37,19 @@ def _figure(height: float = 4.5) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def save(figure: "Figure", path: Path) -> Path:
-    """Write a figure as its ending says, .png or .svg.
-
-    Raises:
-        EnergyError: another ending.
-    """
+def check_ending(path: Path) -> None:
+    """Raises EnergyError unless `save` can write there by the path's ending, .png or .svg."""
     if path.suffix.removeprefix(".") not in FORMATS:
         raise EnergyError(f"figures are written as {' or '.join(FORMATS)}, got {path.name!r}")
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Write a figure as its ending says.
+
+    Raises:
+        EnergyError: as `check_ending`.
+    """
+    check_ending(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

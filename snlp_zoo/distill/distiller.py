@@ -55,7 +55,7 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The objectives' losses on this batch, unweighted, float32 [objectives]."""
-        return self._losses_and_rate(batch)[0]
+        return self._losses_and_rate(batch)[0]  # FSDP2 wraps this method and the next one, each as a forward
 
     def losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Any]:
         """`forward`, and the student's firing rate if `output_spike_rates=True` is among what is asked of it."""

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import time
 
@@ -6,6 +7,7 @@ import torch
 from torch import nn
 
 from snlp_zoo.energy import COST_TABLES, Memory, estimate
+from snlp_zoo.energy.costs import Cost
 from snlp_zoo.energy.report import STATEMENT, count
 from snlp_zoo.errors import EnergyError
 from snlp_zoo.layers import pack
@@ -239,3 +241,17 @@ def test_int8_tables_are_read_as_bytes(model_of, batch_of):
 @pytest.mark.parametrize("entry", ["spikelm_tiny", "spikelm_tiny_158", "spikingbert_tiny_1bit"])
 def test_half_precision(entry, model_of, batch_of):
     assert estimate(model_of(entry).bfloat16(), batch_of(9)).spike_driven_fraction > 0.9
+
+
+def test_arguments_that_all_texts_share_are_cut_to_their_tokens(model_of, batch_of):
+    model, batch = model_of("spikelm_tiny"), batch_of(7, 12)
+    positions = torch.arange(12).unsqueeze(0)
+    assert estimate(model, batch | {"position_ids": positions}).totals == estimate(model, batch).totals
+
+
+def test_a_place_of_a_table_of_ones_own(model_of, batch_of):
+    known = COST_TABLES["horowitz45"]
+    table = dataclasses.replace(known, name="mine", places=(*known.places, ("hbm", Cost(100.0, 32, "mine"))))
+    report = estimate(model_of("spikelm_tiny"), batch_of(7), costs=table, memory=Memory("hbm", weight="hbm"))
+    assert report.bounds["tables"] == ["mine"]
+    assert report.bounds["pj"] == [report.totals["pj"]] * 2

@@ -68,6 +68,15 @@ def test_evaluations_are_logged_once_per_epoch(trained, metrics):
         assert all(0 <= row[name] <= 1 for name in ("accuracy", "macro_f1", "firing_rate"))
 
 
+def test_a_fresh_start_leaves_no_energy_report_of_the_model_before(run, tmp_path):
+    folder = tmp_path / "again"
+    folder.mkdir()
+    for name in ("energy.json", "energy.md"):
+        (folder / name).write_text("of another model")
+    run(into=folder, train=ONE_STEP)
+    assert not list(folder.glob("energy.*"))
+
+
 def test_the_model_loads_by_both_doors(trained):
     folder = trained.folder / "model"
     ours, theirs = snlp_zoo.load(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()

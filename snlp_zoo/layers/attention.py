@@ -1,7 +1,7 @@
 """Spiking self-attention: variants of what spiking queries, keys and values become, one class each.
 
-Every variant takes and gives spikes [T, B, N, D] and has no softmax. Padding is kept out by silencing its values: without
-a softmax an additive mask would inject current, and a norm's bias makes even the padding of an empty input spike.
+Every variant takes and gives spikes [T, B, N, D] and has no softmax. Padding is kept out by silencing its values:
+without a softmax an additive mask would inject current, and a norm's bias makes even padding without input spike.
 Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py.
 """
 

@@ -54,6 +54,10 @@ class SpikingAttention(nn.Module):
         """query, key, value [T, B, H, N, E] -> input current of the neuron, of the same shape."""
         raise NotImplementedError
 
+    def weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the values are multiplied with, [T, B, H, N, N]; columns of padding are zero."""
+        raise NotImplementedError
+
 
 class SSA(SpikingAttention):
     """Spiking self-attention, scale * (Q K^T) V: sums of coincidences, whole numbers before the scale.
@@ -68,6 +72,11 @@ class SSA(SpikingAttention):
         if query.shape[-2] <= query.shape[-1]:  # N^2 E against N E^2
             return (query @ key.transpose(-1, -2)) @ value * self.scale
         return query @ (key.transpose(-1, -2) @ value) * self.scale
+
+    def weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        query, key = (x.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3) for x in (query, key))
+        weights = query @ key.transpose(-1, -2) * self.scale
+        return weights if mask is None else weights.masked_fill((mask == 0)[:, None, None, :], 0)
 
 
 ATTENTIONS: dict[str, type[SpikingAttention]] = {"ssa": SSA}
@@ -97,6 +106,10 @@ class SpikingSelfAttention(nn.Module):
         self.attention = attention
         self.output = SpikingProjection(*options)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [T, B, N, D], mask [B, N] -> spikes [T, B, N, D]."""
-        return self.output(self.attention(self.query(x), self.key(x), self.value(x), mask))
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, want_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [T, B, N, D], mask [B, N] -> spikes [T, B, N, D], attention weights [T, B, H, N, N] if wanted."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        weights = self.attention.weights(query, key, mask) if want_weights else None
+        return self.output(self.attention(query, key, value, mask)), weights

@@ -240,7 +240,7 @@ class SpikingEncoder(SpikingPreTrainedModel):
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value  # type: ignore[assignment]
+        self.embeddings.word_embeddings = value
 
     def pool(self, x: Tensor, mask: Tensor) -> Tensor | None:
         """x [B, N, D] -> [B, D], from each text's first real token, wherever its padding is."""

@@ -12,11 +12,12 @@ Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snlp_zoo.layers.bernoulli import BernoulliNode
+from snlp_zoo.layers.bernoulli import BernoulliNode, draw
 from snlp_zoo.layers.mixing import mix
 from snlp_zoo.layers.neurons import BaseNode
 
@@ -273,12 +274,12 @@ class StochasticAttention(SpikingAttention):
     """Scores and outputs are drawn: S_ij ~ Bernoulli(q_i.k_j / E), then spikes ~ Bernoulli(sum_j S_ij v_j / n_i).
 
     n_i is the number of real tokens attended to. Every draw is independent, and gradients are those of expectations.
-    In evaluation nothing is drawn: scores are their expectation and the neuron integrates (see `BernoulliNode`), so a
-    text's spikes are always the same. `step` does not draw scores either: a memory holds sums, not keys.
+    In evaluation nothing is drawn: scores are their expectation and the neuron integrates theirs (see `BernoulliNode`),
+    so a text's spikes are always the same. `step` draws no scores either: a memory holds sums, not keys.
 
     Args:
         make_neuron: is asked for its alphabet only; the neuron is a `BernoulliNode`.
-        sample_intermediate: draw the scores; without, only the outputs, which is nearer to the mean at the same T.
+        sample_intermediate: False never draws, which is nearer to the mean at the same T.
         always: draw in evaluation too.
     Source: Song et al. 2024 (arXiv:2402.09109), stochastic spiking attention; causal counts are ours.
     """
@@ -294,17 +295,20 @@ class StochasticAttention(SpikingAttention):
         always: bool = False,
     ) -> None:
         super().__init__(num_heads, make_neuron, causal)
-        self.neuron = BernoulliNode(always)
-        self.score_neuron = BernoulliNode(always) if sample_intermediate else None
+        if always and not sample_intermediate:
+            raise ValueError("always=True draws and sample_intermediate=False never does; choose one of them")
+        draws: Any = ("always" if always else "training") if sample_intermediate else "never"
+        self.neuron = BernoulliNode(draws)
+        self.score_neuron = BernoulliNode(draws) if draws == "always" else None  # a neuron must fire in every mode
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor) -> Tensor:
         share = self.attended(query, counts).reciprocal()
-        node = self.score_neuron
-        if node is None or not (self.training or node.always):
+        if not self.neuron.drawing:
             return mix(query, key, value, counts, self.causal) * (share / query.shape[-1])
         scores = query @ key.mT * (1 / query.shape[-1])
         scores = scores.tril() if self.causal else scores
-        drawn = node(_merge(scores), from_rest=True).unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
+        node = self.score_neuron
+        drawn = draw(scores) if node is None else self._split(node(_merge(scores), from_rest=True))
         return drawn @ value * share
 
     def fire(self, mixed: Tensor, query: Tensor, counts: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A neuron that fires by chance."""
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,26 +12,40 @@ from snlp_zoo.ops import lif
 _BY_TOKEN, _BY_CHANNEL = 0.7548776662, 0.5698402910
 
 
+def draw(p: Tensor) -> Tensor:
+    """Spikes {0, 1}, each with its own probability p and independent of all others; the gradient is that of p."""
+    chance = torch.rand(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+    return _with_gradient((chance < p).to(p.dtype), p)
+
+
+def _with_gradient(spikes: Tensor, p: Tensor) -> Tensor:
+    return spikes + (p - p.detach())  # adds exactly 0
+
+
 class BernoulliNode(BaseNode):
     """Spikes {0, 1} with the probability that comes in, p in [0, 1]; the gradient is that of the expectation p.
 
-    In training every element of every step draws a number of its own. In evaluation nothing is random: p is integrated,
-    with soft reset, from a potential that differs between tokens and channels and is evenly spread between rest and
+    Where it draws, every element of every step has a random number of its own. Where it does not, p is integrated, with
+    soft reset, from a potential that differs between tokens and channels and is evenly spread between rest and
     threshold. So T steps hold the sum of p, rounded up or down, just as often up as keeps the mean over tokens and
     channels, and a text's spikes depend on nothing but the text. A draw costs a random word and a comparison, as
     `energy` charges an integrate-and-fire neuron: two additions.
 
     Args:
-        always: draw in evaluation too.
+        draws: "training" (in evaluation it integrates), "always" or "never".
         step_mode: "m" takes [T, ...], "s" one step.
     """
 
     spike_kind = "binary"  # as `energy.kinds` names alphabets
     beta = 0.0  # does not leak
 
-    def __init__(self, always: bool = False, step_mode: str = "m") -> None:
+    def __init__(self, draws: Literal["training", "always", "never"] = "training", step_mode: str = "m") -> None:
         super().__init__(v_reset=None, surrogate_function=None, step_mode=step_mode)
-        self.always = always
+        self.draws = draws
+
+    @property
+    def drawing(self) -> bool:
+        return self.draws == "always" or (self.draws == "training" and self.training)
 
     def _tau(self) -> float:
         return float("inf")
@@ -58,12 +72,9 @@ class BernoulliNode(BaseNode):
         return (phase.frac() * self.v_threshold).expand(p.shape[1:])
 
     def _fire(self, p: Tensor, v: Tensor | float, counts: Tensor | None = None) -> tuple[Tensor, Tensor | float]:
+        if self.drawing:
+            return draw(p / self.v_threshold), v
         with torch.no_grad():
-            if self.training or self.always:
-                chance = torch.rand(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-                spikes = (chance * self.v_threshold < p).to(p.dtype)
-            else:
-                start = self._start(p, counts)
-                out = lif(p, v + start, tau=float("inf"), v_threshold=self.v_threshold, v_reset=None, decay_input=False)
-                spikes, v = out.spikes, cast(Tensor, out.v) - start
-        return spikes + (p - p.detach()), v
+            start = self._start(p, counts)
+            out = lif(p, v + start, tau=float("inf"), v_threshold=self.v_threshold, v_reset=None, decay_input=False)
+        return _with_gradient(out.spikes, p), cast(Tensor, out.v) - start

@@ -191,20 +191,21 @@ def test_the_form_with_fewer_multiplications_is_chosen(tokens, causal, decay, ch
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("width", [N + 2, 6 * N])  # the wider one takes another form than the text alone
 def test_padding_changes_nothing(variant, causal, left, width):
-    attention = build(variant, causal)
-    alone = qkv(T, 1, N, D)
-    padded = qkv(T, B, width, D, rate=0.6)  # padding fires
-    mask = torch.zeros(B, width)
-    place = slice(width - N, None) if left else slice(N)
+    mask, place = torch.zeros(B, width), slice(width - N, None) if left else slice(N)
     mask[0, place] = 1
     mask[1] = torch.rand(width) < 0.5
-    for wide, narrow in zip(padded, alone, strict=True):
-        wide[:, :1, place] = narrow
-    expected = attention(*alone)
-    assert torch.equal(attention(*padded, mask)[:, :1, place], expected)
-    assert torch.equal(attention(*padded, mask.bool())[:, :1, place], expected)
-    assert torch.equal(attention(*alone, torch.ones(1, N)), expected)
-    assert expected.any()
+    for dtype in (torch.float64, torch.float32):
+        if dtype == torch.float32 and variant.startswith("linear"):
+            continue  # powers of its decay are not whole numbers
+        attention = build(variant, causal).to(dtype)
+        alone, padded = qkv(T, 1, N, D, dtype=dtype), qkv(T, B, width, D, rate=0.6, dtype=dtype)  # padding fires
+        for wide, narrow in zip(padded, alone, strict=True):
+            wide[:, :1, place] = narrow
+        expected = attention(*alone)
+        assert torch.equal(attention(*padded, mask)[:, :1, place], expected)
+        assert torch.equal(attention(*padded, mask.bool())[:, :1, place], expected)
+        assert torch.equal(attention(*alone, torch.ones(1, N)), expected)
+        assert expected.any()
 
 
 @every_variant
@@ -444,15 +445,18 @@ def test_spikingformer_multiplies_spikes_only_and_gives_reals():
 @every_variant
 @both_ways
 def test_bfloat16_autocast(variant, causal):
-    """Products above 256 are rounded there; at least 99.5 % of the spikes stay."""
+    """Products above 256 are rounded there; with thresholds amid the currents at least 99 % of the spikes stay."""
     attention = build(variant, causal).float()
     inputs = qkv(4, 2, 160, 128, rate=0.3, dtype=torch.float32)
+    if not variant.startswith("stochastic"):
+        heads = (x.unflatten(-1, (H, -1)).transpose(-2, -3) for x in inputs)
+        attention.neuron.v_threshold = 0.8 * attention.mix(*heads, seen(160)).mean().item()
     exact = attention(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = attention(*(x.bfloat16() for x in inputs))
     assert rounded.dtype == torch.bfloat16
-    assert (rounded.float() == exact).float().mean().item() >= 0.995
-    assert exact.any()
+    assert (rounded.float() == exact).float().mean().item() >= 0.99
+    assert 0.01 < exact.mean().item() < 0.7
 
 
 @every_variant

@@ -56,6 +56,8 @@ class HeadShare(nn.Module):
         share: one number, or one per head; learnable ones lie strictly between 0 and 1.
     """
 
+    share: Tensor
+
     def __init__(self, what: str, share: float | Sequence[float], num_heads: int, learnable: bool) -> None:
         super().__init__()
         shares = [share] * num_heads if isinstance(share, int | float) else list(share)
@@ -69,8 +71,6 @@ class HeadShare(nn.Module):
             self.logit = nn.Parameter(made.logit())
         else:
             self.register_buffer("share", made)
-
-    share: Tensor
 
     def forward(self) -> Tensor:
         return self.logit.sigmoid() if self.learnable else self.share
@@ -105,16 +105,16 @@ class SpikingAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """query, key, value spikes [T, B, N, D], mask [B, N] (1 for real tokens; None: all are) -> spikes."""
-        if mask is None:
-            counts = torch.arange(1, query.shape[2] + 1, device=query.device).unsqueeze(0)
-        elif mask.shape != query.shape[1:3]:
-            raise ValueError(f"mask {tuple(mask.shape)} must be [B, N] of the spikes, {tuple(query.shape[1:3])}")
-        else:
-            value = value.masked_fill((mask == 0).unsqueeze(-1), 0)
-            counts = (mask != 0).cumsum(-1)
-        counts = counts[:, None, :, None]
+        value, counts = self._masked(value, mask)
         mixed = self.mix(self._split(query), self._split(key), self._split(value), counts)
         return self.fire(mixed, query, counts)
+
+    def state(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> State:
+        """The state behind the last of these tokens, key and value spikes [T, B, N, D], from which `step` goes on."""
+        value, counts = self._masked(value, mask)
+        key, value = (self._split(x).to(_full(x)) for x in (key, value))
+        end = counts[..., -1:, :]
+        return self.remember(key, self.faded(value, end - counts)), end.expand(value.shape[1], -1, -1, -1)
 
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, state: State | None = None, mask: Tensor | None = None
@@ -123,8 +123,9 @@ class SpikingAttention(nn.Module):
 
         Args:
             query, key, value: spikes [T, B, D].
-            state: what the last step returned, None before the first token. Its memory is [T, B, H, E, E], that is
-                T E times as large as the token's spikes, however many tokens came before; axis 1 is the batch.
+            state: what the last step (or `state`) returned, None before the first token. Its memory is [T, B, H, E, E]
+                in float32, E times as many numbers as a token's spikes at all T steps, however many tokens came
+                before; axis 1 is the batch. `SDSA` keeps [T, B, H, 1, E].
             mask: [B], 0 where this token is padding: its state stays as it was.
         Returns:
             spikes [T, B, D] and the new state. Neurons start every token at rest, so no membrane is part of it.
@@ -133,13 +134,20 @@ class SpikingAttention(nn.Module):
         """
         if not self.causal:
             raise ValueError(f"{type(self).__name__}.step needs causal=True: without, a token attends to later ones")
-        tokens = [self._split(x.unsqueeze(2)) for x in (query, key, value)]
-        added = self.remember(*tokens[1:])
-        memory, count = state or (torch.zeros_like(added), torch.zeros_like(added[0, :, :1, :1, :1], dtype=torch.long))
-        real = torch.ones_like(count) if mask is None else (mask != 0).long().view(-1, 1, 1, 1)
-        memory, count = torch.where(real == 1, self.faded(memory) + added, memory), count + real
-        mixed = self.recall(tokens[0], memory, count)
-        return self.fire(mixed, query.unsqueeze(2), count).squeeze(2), (memory, count)
+        query, key, value = (x.unsqueeze(2) for x in (query, key, value))
+        memory, count = self.state(key, value, None if mask is None else mask.unsqueeze(1))
+        if state is not None:
+            memory, count = self.faded(state[0], count) + memory, state[1] + count
+        mixed = self.recall(self._split(query).to(memory.dtype), memory, count)
+        return self.fire(mixed, query, count).squeeze(2), (memory, count)
+
+    def _masked(self, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """value [T, B, N, D] without what padding holds, and how many real tokens there are up to each."""
+        if mask is None:
+            return value, torch.arange(1, value.shape[2] + 1, device=value.device)[None, None, :, None]
+        if mask.shape != value.shape[1:3]:
+            raise ValueError(f"mask {tuple(mask.shape)} must be [B, N] of the spikes, {tuple(value.shape[1:3])}")
+        return value.masked_fill((mask == 0).unsqueeze(-1), 0), (mask != 0).cumsum(-1)[:, None, :, None]
 
     def _split(self, x: Tensor) -> Tensor:
         """[T, B, N, D] -> [T, B, H, N, E]."""
@@ -155,12 +163,12 @@ class SpikingAttention(nn.Module):
         raise NotImplementedError
 
     def remember(self, key: Tensor, value: Tensor) -> Tensor:
-        """key and value of one token, [T, B, H, 1, E] -> what it adds to the memory."""
+        """key and value of some tokens, [T, B, H, N, E] -> what they add to the memory."""
         return key.mT @ value
 
-    def faded(self, memory: Tensor) -> Tensor:
-        """The memory one token later."""
-        return memory
+    def faded(self, x: Tensor, distance: Tensor) -> Tensor:
+        """What is left of values or of a memory so many real tokens later."""
+        return x
 
     def recall(self, query: Tensor, memory: Tensor, counts: Tensor) -> Tensor:
         """query of one token [T, B, H, 1, E], memory, counts [B, 1, 1, 1] -> mixed currents [T, B, H, 1, E]."""
@@ -216,7 +224,7 @@ class SDSA(SpikingAttention):
         return query * super().fire(mixed, query, counts)
 
     def remember(self, key: Tensor, value: Tensor) -> Tensor:
-        return (key * value).to(_full(key))
+        return (key * value).sum(-2, keepdim=True)
 
     def recall(self, query: Tensor, memory: Tensor, counts: Tensor) -> Tensor:
         return memory
@@ -343,5 +351,5 @@ class LinearAttention(SSA):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor) -> Tensor:
         return self.scaled(mix(query, key, value, counts, self.causal, self.decay()), query, counts)
 
-    def faded(self, memory: Tensor) -> Tensor:
-        return memory * self.decay()
+    def faded(self, x: Tensor, distance: Tensor) -> Tensor:
+        return x * self.decay() ** distance

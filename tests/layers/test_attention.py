@@ -249,12 +249,36 @@ def test_currents_of_steps_equal_the_full_form():
     for variant in OPTIONS:
         attention = build(variant, causal=True)
         heads = qkv(T, B, H, 20, E)
-        mixed, memory = attention.mix(*heads, seen(20)), 0
+        mixed, memory = attention.mix(*heads, seen(20)), torch.zeros((), dtype=torch.float64)
         for i in range(20):
             query, key, value = (x[..., i : i + 1, :] for x in heads)
-            memory = attention.faded(memory + 0 * attention.remember(key, value)) + attention.remember(key, value)
+            memory = attention.faded(memory, torch.ones(1, 1, 1, 1)) + attention.remember(key, value)
             recalled = attention.recall(query, memory, seen(20)[..., i : i + 1, :])
             torch.testing.assert_close(recalled, mixed[..., i : i + 1, :], rtol=0, atol=1e-13)
+
+
+@every_variant
+def test_steps_go_on_from_a_prompt(variant):
+    """The state of a padded prompt at once, then single tokens."""
+    attention = build(variant, causal=True)
+    query, key, value = qkv(T, B, 20, D)
+    mask = torch.ones(B, 20)
+    mask[0, :6] = 0
+    full = attention(query, key, value, mask)
+    state = attention.state(key[:, :, :15], value[:, :, :15], mask[:, :15])
+    for i in range(15, 20):
+        step, state = attention.step(query[:, :, i], key[:, :, i], value[:, :, i], state)
+        assert torch.equal(step, full[:, :, i])
+
+
+def test_a_memory_does_not_round_in_half_precision():
+    """In bfloat16 256 + 1 is 256."""
+    attention, ones = build("ssa", causal=True).bfloat16(), torch.ones(1, 1, D, dtype=torch.bfloat16)
+    state = attention.state(*torch.ones(2, 1, 1, 256, D, dtype=torch.bfloat16))
+    for _ in range(5):
+        spikes, state = attention.step(ones, ones, ones, state)
+    assert spikes.dtype == torch.bfloat16
+    assert state[0].unique().tolist() == [261]
 
 
 def test_steps_without_a_mask_and_of_a_bidirectional_attention():

@@ -66,7 +66,8 @@ class BernoulliNode(BaseNode):
         return (spikes.squeeze(0),), (v, *states[1:])
 
     @torch.no_grad()
-    def _start(self, p: Tensor, counts: Tensor | None) -> Tensor:
+    def start(self, p: Tensor, counts: Tensor | None) -> Tensor:
+        """Potentials before step 0, of the shape of p without T."""
         channels = torch.arange(p.shape[-1], device=p.device) * _BY_CHANNEL
         phase = channels if counts is None else channels + counts * _BY_TOKEN
         return (phase.frac() * self.v_threshold).expand(p.shape[1:])
@@ -75,6 +76,6 @@ class BernoulliNode(BaseNode):
         if self.drawing:
             return draw(p / self.v_threshold), v
         with torch.no_grad():
-            start = self._start(p, counts)
+            start = self.start(p, counts)
             out = lif(p, v + start, tau=float("inf"), v_threshold=self.v_threshold, v_reset=None, decay_input=False)
         return _with_gradient(out.spikes, p), cast(Tensor, out.v) - start

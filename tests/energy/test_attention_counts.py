@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from snlp_zoo.energy import estimate, verify_spikes
+from snlp_zoo.energy.record import record
 from snlp_zoo.energy.report import count
 from snlp_zoo.layers import ElasticBiSpike, LIFNode, SpikingformerSelfAttention, SpikingSelfAttention, make_attention
 
@@ -140,6 +141,13 @@ def test_stochastic_in_evaluation():
     assert products["query x key"].ac == int((q @ k.mT).sum())
     assert products["attention x value"].ac == ands(q @ k.mT, v)
     assert work == {"other": Counter(mul=T * SHORT * D)}  # the shares 1 / (E n) come of no data
+
+
+@pytest.mark.parametrize("name", ["ssa", "sdsa", "stochastic"])
+def test_records_show_membranes_that_fire_where_spikes_are(name):
+    for site, found in record(toy(name), tokens(SHORT) | {"attention_mask": torch.ones(1, SHORT)}).items():
+        assert found.spikes.any(), site
+        assert torch.equal(found.membranes >= found.threshold.view(-1, 1, 1), found.spikes == 1), site
 
 
 def test_bernoulli_draws():

@@ -359,6 +359,20 @@ def test_error_of_sampling(sample_intermediate, published):
     assert error_of_sampling(16, False) < error_of_sampling(16, True) / 2
 
 
+@both_ways
+def test_scores_are_drawn(causal):
+    """Where they are, values are counted: whole numbers over how many were attended to, with the right mean."""
+    heads = [x.expand(4000, -1, -1, -1, -1) for x in qkv(1, 1, H, 6, E)]
+    attention = make_attention("stochastic", H, neuron, causal)
+    expected = attention.eval().mix(*heads, seen(6))[0]
+    mixed = attention.train().mix(*heads, seen(6))
+    counted = mixed * (seen(6) if causal else 6)
+    assert (counted - counted.round()).abs().max() < 1e-12
+    torch.testing.assert_close(mixed.mean(0), expected, rtol=0, atol=4 * 0.5 / 4000**0.5)
+    whole = expected * (seen(6)[0] if causal else 6)
+    assert (whole != whole.round()).any()  # which expectations are not
+
+
 def test_draws_are_independent():
     """AND of a stream with itself would have rate p; of independent ones it has p squared."""
     node = BernoulliNode().train()

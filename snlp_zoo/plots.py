@@ -68,9 +68,10 @@ def spike_raster(recorded: "Recorded", tokens: Sequence[str], site: str) -> "Fig
 
     Args:
         recorded: of `energy.record`, spikes [T, N, D].
-        tokens: N labels.
+        tokens: N labels; a site with one neuron for all tokens has its own.
     """
     time_steps, length, width = recorded.spikes.shape
+    tokens = tokens if length == len(tokens) else ["all tokens"] * length
     shown = min(width, _NEURONS)
     figure, axes = _figure(5.5)
     signs = ((1, "|", BLUE, "+ spike"), (-1, "_", RED, "- spike")) if recorded.ternary else ((1, "|", BLUE, "spike"),)

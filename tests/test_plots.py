@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from snlp_zoo.energy import estimate
-from snlp_zoo.energy.record import record
+from snlp_zoo.energy.record import Recorded, record
 from snlp_zoo.errors import EnergyError
 from snlp_zoo.layers import ElasticBiSpike, IFNode, LIFNode
 from snlp_zoo.registry import build
@@ -77,6 +77,12 @@ def test_raster_has_a_mark_for_every_spike_and_a_label_for_every_token(model):
     assert marks == int((found.spikes != 0).sum()) > 0
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "b", "c", "d"]
     assert site in figure.axes[0].get_title(loc="left")
+
+
+def test_raster_of_one_neuron_for_all_tokens():
+    found = Recorded(torch.ones(3, 1, 8), torch.ones(3, 1, 8), torch.ones(3), None, False)
+    figure = plots.spike_raster(found, ["a", "b"], "gate")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["all tokens"]
 
 
 def test_rates_have_a_bar_for_every_site(model):

@@ -30,11 +30,12 @@ from snlp_zoo.ops.bit_linear import unpack_weight
 class Row:
     """One kind of work of one module, summed over texts and time steps.
 
-    role: matmul, neuron, norm, softmax, activation, residual, bias, amplitude, scale, gather, readout or other.
+    role: matmul, gate (spikes times spikes, element by element), counter (of spikes over tokens or channels), neuron,
+    norm, softmax, activation, residual, bias, amplitude, scale, gather, readout or other.
     counts: primitives of `costs`; alternative: another way to compute the same, of which the cheaper is taken.
     timed: done anew at each of T steps; a dense network does it once.
     The rest belongs to products and neurons: kind of the operands; their nonzeros and elements; accumulates and
-    multiply-accumulates; dense: multiply-accumulates of real operands; outputs; weights: K M and their weight_bits (0:
+    multiply-accumulates; dense: the same of real operands; outputs; weights: K M and their weight_bits (0:
     no weights); spike trains and real operands that are moved: (kind, "words" or "events" or "address_bits") -> how
     many; bytes of a gather.
     """
@@ -162,9 +163,15 @@ class Counting(BaseCounter):
     def _reduce(self, name: str, path: str, args: tuple, x: Tensor, tag: Tag, out: Tensor) -> Tag:
         axes = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else list(args[1:2])
         over_time = tag.timed and (not axes or 0 in axes or -x.ndim in axes)
-        row = self.row(path, "readout" if over_time else "other", tag.timed)
-        row.counts.update({"add": x.numel(), "mul": out.numel() if name == "mean" else 0})
-        if name == "sum" and tag.spikes and tag.amplitudes is None:
+        counter = name in ("sum", "cumsum") and tag.whole
+        if counter and not over_time:  # over tokens or channels: counters that move when something comes
+            row = self.row(path, "counter", tag.timed)
+            row.counts["iadd"] += int(x.count_nonzero())
+            row.dense += x.numel()
+        else:
+            row = self.row(path, "readout" if over_time else "other", tag.timed)
+            row.counts.update({"add": x.numel(), "mul": out.numel() if name == "mean" else 0})
+        if counter:
             return Tag("integer", tag.source, timed=tag.timed and not over_time, readout=over_time)
         return Tag(timed=tag.timed and not over_time, readout=over_time)
 
@@ -174,6 +181,12 @@ class Counting(BaseCounter):
         spikes = [tag for tag in tags if tag.spikes]
         constant = [x for x, tag in zip(given, tags, strict=True) if tag.static]
         role, primitives = prices.ELEMENTWISE[name]
+        kinds = {tag.kind for tag in tags if tag.whole}
+        if name == "mul" and len(given) == 2 and all(tag.whole for tag in tags) and kinds != {"integer"}:
+            row = self.row(path, "gate", timed)  # a spike lets through what it meets
+            row.counts["iadd"] += int(out.count_nonzero())
+            row.dense += size
+            return Tag(next(kind for kind in ("integer", "ternary", "binary") if kind in kinds), path, timed=timed)
         readout = readout and role in ("residual", "other")  # a norm after it, a dense network has too
         if name == "add" and constant:
             role = "bias"
@@ -182,7 +195,7 @@ class Counting(BaseCounter):
         self.row(path, "readout" if readout else role, timed).counts.update(
             {primitive: number * size for primitive, number in primitives.items()}
         )
-        if name in ("add", "sub") and len(spikes) == 2 and all(tag.amplitudes is None for tag in spikes):
+        if name in ("add", "sub") and len(spikes) == 2 and all(tag.whole for tag in spikes):
             return Tag("integer", path, timed=timed)
         alone = len(given) == 1 or (constant and constant[0].numel() == 1 and len(given) == 2)
         if name == "mul" and spikes and alone and tags[0].kind != "integer":  # by one number: still spikes
@@ -245,7 +258,7 @@ class Counting(BaseCounter):
             self.row(name, "amplitude", timed).counts["mul"] += out.numel()  # one per step: not a part of the weights
         if scaled:
             self.row(name, "scale", timed).counts["mul"] += out.numel()
-        return Tag(timed=timed)
+        return Tag("integer", path, timed=timed) if all(tag.whole for tag in tags) else Tag(timed=timed)
 
     def _attention(self, path: str, query, key, value, *mask, tags: list[Tag], fused: tuple) -> Tag:
         """Fused attention as two products and a softmax; their results need not exist to be counted."""

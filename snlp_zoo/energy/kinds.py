@@ -34,6 +34,11 @@ class Tag:
     def spikes(self) -> bool:
         return self.kind in SPIKES
 
+    @property
+    def whole(self) -> bool:
+        """Spikes of size 1, or sums of them: whatever is added or multiplied up of these is whole numbers too."""
+        return self.spikes and self.amplitudes is None
+
 
 def declared_kind(node: nn.Module) -> str:
     """The alphabet a neuron declares: its `spike_kind`, else SpikingJelly's own, else binary."""

@@ -29,16 +29,18 @@ def product(a: Tensor, b: Tensor, left: Tag, right: Tag) -> Product:
     """a [B, n, K], b [B, K, M] -> Product.
 
     spikes x spikes, spikes x low-bit    an addition of integers wherever both are nonzero
+    spikes x integer                     the same: where a spike meets an integer, that is added as it is
     spikes x real                        an addition of floats for every spike and output it reaches
     real x low-bit                       an addition of floats for every nonzero weight and row
-    integer x any                        a spike counts as often as it says; or one multiplication, if cheaper
+    integer x weights or integers        a spike counts as often as it says; or one multiplication, if cheaper
     real x real                          a multiplication and an addition, everywhere
     """
     (batch, rows, inner), outputs = a.shape, b.shape[-1]
     sparse_left, sparse_right = left.kind != "real", right.kind != "real"
+    gated = {left.kind, right.kind} in ({"binary", "integer"}, {"ternary", "integer"})
     # how much of the inner axis is nonzero, or, of integers, how many spikes stand there: [B, K]
-    weight_left = _events(a, left).sum(1) if sparse_left else None
-    weight_right = _events(b, right).sum(2) if sparse_right else None
+    weight_left = _events(a, left, gated).sum(1) if sparse_left else None
+    weight_right = _events(b, right, gated).sum(2) if sparse_right else None
     focus, tag = (a, left) if left.spikes or not right.spikes else (b, right)
     made = Product(
         nnz=int(focus.count_nonzero()),
@@ -60,13 +62,13 @@ def product(a: Tensor, b: Tensor, left: Tag, right: Tag) -> Product:
     else:
         made.mac = made.dense
         made.counts.update({"mul": made.mac, "add": made.mac})
-    if tag.kind == "integer":
+    if tag.kind == "integer" and not gated:
         _multiply_instead(made, focus, a, b, tag is left, integer="iadd" in made.counts)
     return made
 
 
-def _events(x: Tensor, tag: Tag) -> Tensor:
-    return (x.abs() if tag.kind == "integer" else x != 0).double()
+def _events(x: Tensor, tag: Tag, once: bool) -> Tensor:
+    return (x.abs() if tag.kind == "integer" and not once else x != 0).double()
 
 
 def _multiply_instead(made: Product, focus: Tensor, a: Tensor, b: Tensor, on_left: bool, integer: bool) -> None:

@@ -27,13 +27,13 @@ SAME = {
     *("view", "_unsafe_view", "reshape", "alias", "detach", "t", "transpose", "permute", "expand", "unsqueeze"),
     *("squeeze", "select", "slice", "unbind", "split", "split_with_sizes", "chunk", "clone", "_to_copy", "contiguous"),
     *("repeat", "unfold", "narrow", "as_strided", "lift_fresh", "_reshape_alias", "constant_pad_nd", "roll", "flip"),
-    *("masked_fill", "copy"),
+    *("masked_fill", "tril", "triu", "copy"),  # zeros in other places: still of the same alphabet
 }
 # Wires, constants and control flow: no arithmetic.
 FREE = {
     *("empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like", "ones", "new_ones", "ones_like"),
     *("full", "new_full", "full_like", "arange", "scalar_tensor", "promote_types", "cat", "stack", "where", "fill"),
-    *("abs", "neg", "sign", "isnan", "isfinite", "tril", "triu", "any", "all", "is_nonzero", "_local_scalar_dense"),
+    *("abs", "neg", "sign", "isnan", "isfinite", "any", "all", "is_nonzero", "_local_scalar_dense"),
     *("count_nonzero", "zero", "equal", "bitwise_not", "logical_not", "bitwise_and", "bitwise_or", "logical_and"),
 }
 # Made of nothing but numbers in the program: as constant as a weight.

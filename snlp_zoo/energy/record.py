@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from snlp_zoo.energy.report import split_texts
+from snlp_zoo.layers.bernoulli import BernoulliNode
 from snlp_zoo.layers.neurons import BaseNode, ElasticBiSpike
 from snlp_zoo.ops import Surrogate, elastic_bispike
 
@@ -41,6 +42,8 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Recorded]:
 
     def before(node, inputs, kwargs):
         starts[node] = (kwargs.get("state") or {}).get(node)
+        if isinstance(node, BernoulliNode):
+            starts[node] = node.start(inputs[0], kwargs.get("counts"))
 
     def after(name):
         def hook(node, inputs, spikes):

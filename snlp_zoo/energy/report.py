@@ -19,6 +19,7 @@ STATEMENT = (
 )
 BASELINES = ("dense_fp32", "dense_int8", "qnn")
 LEVELS = ("matmul_only", "all_ops", "with_memory")
+_DENSE_PRIMITIVE = {"gate": "mul", "counter": "add"}  # for every element, where spikes take integer additions
 _SPIKING_ONLY = ("neuron", "amplitude", "scale", "readout")  # what a dense network has no need of
 
 
@@ -239,6 +240,8 @@ class _Prices:
             once = 1 / self.steps if row.timed else 1.0
             if row.role == "matmul":
                 matmul += row.dense * once * mac
+            elif row.role in _DENSE_PRIMITIVE:
+                other += self.table.pj({_DENSE_PRIMITIVE[row.role]: row.dense}) * once
             elif row.role not in _SPIKING_ONLY:
                 other += self.table.pj(row.counts) * once
             traffic = dense_traffic(row, self.memory, self.steps, self.texts, weight_bytes, activation_bytes)

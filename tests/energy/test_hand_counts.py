@@ -14,7 +14,13 @@ from snlp_zoo.energy.report import count
 from snlp_zoo.ops.bit_linear import quantise, unpack_weight
 
 TINY = [n for n in registry.list_entries() if "_tiny" in n and registry.load_entry(n).recipe is None]
-CASES = [(entry, packed) for entry in TINY for packed in (False, True) if not packed or entry.endswith(("158", "1bit"))]
+SPIKEBERT = [entry for entry in TINY if entry.startswith("spikebert")]  # without softmax, with counts of spikes
+CASES = [
+    (entry, packed)
+    for entry in TINY
+    for packed in (False, True)
+    if entry not in SPIKEBERT and (not packed or entry.endswith(("158", "1bit")))
+]
 N = 11
 
 
@@ -140,6 +146,65 @@ def test_everything_else(entry, packed, model_of, batch_of):
     assert by_role(counter) == expected
     gathered = sum(row.bytes for row in counter.rows.values() if row.role == "gather")
     assert gathered == 4 * (3 * N * D + D)  # three tables, and the first token for the head
+
+
+@pytest.mark.parametrize("entry", SPIKEBERT)
+def test_products_of_spikebert(entry, model_of, batch_of):
+    model, batch = model_of(entry), batch_of(N)
+    counter, time_steps, _, tokens = count(model, batch)
+    config, spikes = model.config, spikes_of(model, batch["input_ids"])
+    assert (time_steps, tokens, counter.problems) == (config.time_steps, N, {})
+    rows = {row.name: row for row in counter.rows.values() if row.role == "matmul"}
+    stream = spikes["spikebert.binarise"]
+    for layer in range(config.num_hidden_layers):
+        block = f"spikebert.layers.{layer}"
+        own = {name.removeprefix(f"{block}."): train for name, train in spikes.items() if name.startswith(f"{block}.")}
+        after = stream + own["attention.output.neuron"]
+        enters = dict.fromkeys(("attention.query", "attention.key", "attention.value"), stream)
+        enters |= {"attention.output": own["attention.attention.neuron"], "mlp.up": after}
+        enters |= {"mlp.down": own["mlp.up.neuron"]}
+        for part, train in enters.items():
+            row, linear = rows.pop(f"{block}.{part}.linear"), model.get_submodule(f"{block}.{part}.linear")
+            whole = train is after or (train is stream and layer > 0)
+            assert row.kind == f"{'integer' if whole else 'binary'} x real", row.name
+            assert row.ac == int(train.sum()) * linear.out_features, row.name  # a count of n is added n times
+            assert (row.mac, row.nnz, row.elements) == (0, int((train != 0).sum()), train.numel()), row.name
+            assert row.dense == time_steps * N * linear.in_features * linear.out_features
+        heads = (own[f"attention.{name}.neuron"] for name in ("query", "key", "value"))
+        heads = [x.unflatten(-1, (config.num_attention_heads, -1)) for x in heads]
+        scores, values = rows.pop(f"{block}.attention.attention @ neuron x neuron"), heads[2]
+        mixed = rows.pop(f"{block}.attention.attention @ attention x neuron")
+        pairs = torch.einsum("tbihe,tbjhe->tbhij", heads[0], heads[1])
+        assert (scores.ac, scores.mac) == (int(pairs.sum()), 0)  # an addition wherever a query's and a key's spike meet
+        met = torch.einsum("tbhij,tbjhf->", (pairs != 0).float(), values)
+        assert (mixed.ac, mixed.mac) == (int(met), 0)  # a score is added wherever a value has a spike
+        assert {scores.dense, mixed.dense} == {time_steps * N * N * config.hidden_size}
+        stream = after + own["mlp.down.neuron"]
+    assert {name: (row.ac, row.mac) for name, row in rows.items()} == {
+        "classifier": (0, config.hidden_size * config.num_labels)
+    }
+
+
+@pytest.mark.parametrize("entry", SPIKEBERT)
+def test_everything_else_of_spikebert(entry, model_of, batch_of):
+    model = model_of(entry)
+    counter, *_ = count(model, batch_of(N))
+    c = model.config
+    T, D, F, L, C = c.time_steps, c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_labels
+    projected = L * T * N * (5 * D + F)  # query, key, value, output, down; up
+    neurons = T * N * D + projected + L * T * N * D  # the first spikes; after projections; after attention
+    norm = projected + T * N * D
+    assert by_role(counter) == {
+        "norm": {"add": 4 * norm, "mul": 3 * norm},
+        "neuron": {"add": 2 * neurons, "mul": 2 * neurons},
+        "bias": {"add": projected + C},
+        "residual": {"add": N * D + 2 * L * T * N * D},  # positions; two in each layer
+        "readout": {"add": T * N * D, "mul": 2 * N * D},  # mean over T; tokens' mask
+        "other": {"mul": L * T * N * D, "add": N * D + N, "div": D},  # after attention; sums over tokens
+        "activation": {"add": 1},  # at least one token
+    }
+    gathered = sum(row.bytes for row in counter.rows.values() if row.role == "gather")
+    assert gathered == 4 * 2 * N * D
 
 
 @pytest.mark.parametrize("entry", [e for e in TINY if e.endswith(("158", "1bit"))])

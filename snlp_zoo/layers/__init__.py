@@ -1,18 +1,36 @@
 """Modules shared by two or more models."""
 
 from snlp_zoo.layers.bispike import SpikingLinear
-from snlp_zoo.layers.coding import Direct
+from snlp_zoo.layers.coding import (
+    Bernoulli,
+    BitPlane,
+    Direct,
+    MultiLevel,
+    Poisson,
+    Signed,
+    TimeToFirstSpike,
+    Unary,
+    make_coding,
+)
 from snlp_zoo.layers.neurons import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, make_neuron
 from snlp_zoo.layers.quant import BitLinear, make_linear, pack
 
 __all__ = [
+    "Bernoulli",
     "BitLinear",
+    "BitPlane",
     "Direct",
     "ElasticBiSpike",
     "IFNode",
     "LIFNode",
+    "MultiLevel",
     "ParametricLIFNode",
+    "Poisson",
+    "Signed",
     "SpikingLinear",
+    "TimeToFirstSpike",
+    "Unary",
+    "make_coding",
     "make_linear",
     "make_neuron",
     "pack",

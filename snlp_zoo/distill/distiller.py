@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class Distiller(nn.Module):
 
 def _embedding_table(model: PreTrainedModel) -> Tensor:
     """Its input embeddings [V, D], as a whole."""
-    table = model.get_input_embeddings().weight
+    table = cast(Tensor, model.get_input_embeddings().weight)
     if isinstance(table, DTensor):
         raise RecipeError("embedding_table_mse compares whole tables, FSDP2 has shards; use DDP, or embedding_mse")
     return table

@@ -54,7 +54,7 @@ class FiringRates:
         """spike_rates: site -> [T], share of neurons that fired at each step; firing_rate: that share over all."""
         fired = {site: torch.cat(parts) for site, parts in self._fired.items()}
         slots = {site: torch.cat(parts) for site, parts in self._slots.items()}
-        total = sum(slots[site].sum() for site in slots)
+        total = torch.stack([slots[site].sum() for site in slots]).sum()
         return {
             "spike_rates": {site: fired[site] / slots[site].clamp_min(1) for site in fired},
             "firing_rate": sum(fired[site].sum() for site in fired) / total.clamp_min(1),

@@ -105,7 +105,9 @@ def spike_rate(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch,
     """Mean over the student's neuron sites of (rate - target)^2, the rate being that of real tokens over all steps.
 
     No teacher, no labels. Rates are those of a whole batch, so over parts of it the loss is larger by the variance of
-    their rates: the one objective that other numbers of processes or of accumulated batches change a little.
+    their rates: the one objective that other numbers of processes or of accumulated batches change a little. Silent
+    neurons are reached if their spikes have no sign. Under FSDP2 an objective on the last layer must stand beside it:
+    its backward gathers the weights.
 
     Args:
         target: share of neurons that should fire per step, in [0, 1].

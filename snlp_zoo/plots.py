@@ -96,7 +96,7 @@ def firing_rates(rates: Mapping[str, Any]) -> "Figure":
     Args:
         rates: site -> a rate, or one per time step, as `output.spike_rates`.
     """
-    means = [float(torch.as_tensor(rate).float().mean()) for rate in rates.values()]
+    means = [torch.as_tensor(rate).float().mean().item() for rate in rates.values()]
     figure, axes = _figure(max(3.0, 1.2 + 0.19 * len(means)))
     axes.barh(range(len(means)), [100 * mean for mean in means], color=BLUE, height=0.75)
     axes.set_yticks(range(len(means)), _shortened(list(rates)), fontsize=8)

@@ -1,15 +1,20 @@
 """The module that is trained: a student, its projections, and a frozen teacher that is never part of it."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from snlp_zoo.distill.matching import Projection, SharedProjection, attention_scores_recorded
 from snlp_zoo.distill.objectives import OBJECTIVES, count_units
+from snlp_zoo.errors import RecipeError
+
+_OF_DENSE_MODELS = ("output_hidden_states", "output_attentions")
 
 
 def gives_attention_scores(student: Any) -> bool:
@@ -40,10 +45,12 @@ class Distiller(nn.Module):
         frozen = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
         self._teacher: tuple[Any, ...] = frozen  # a tuple hides it
         needs = {need for objective, _ in self.objectives.values() for need in objective.needs}
-        self.wanted = {f"output_{need}": True for need in needs}
+        self.tables = "embedding_table" in needs  # not a model's output: handed over here
+        self.wanted = {f"output_{need}": True for need in sorted(needs - {"embedding_table"})}
         self.per_token = type(student).__name__.endswith("ForMaskedLM")
-        width = teacher.config.hidden_size if teacher is not None and needs else student.config.hidden_size
-        if projection == "shared" and "hidden_states" in needs:
+        states = "hidden_states" in needs
+        width = teacher.config.hidden_size if teacher is not None and states else student.config.hidden_size
+        if projection == "shared" and states:
             self.projection: nn.Module = SharedProjection(student.config.hidden_size, width)
         else:
             self.projection = Projection(student.config.num_hidden_layers + 1, student.config.hidden_size, width)
@@ -63,20 +70,33 @@ class Distiller(nn.Module):
 
     def _losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Any]:
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
-        student = self.student(**inputs, **self.wanted, **more)
+        student = self.student(**inputs, **(self.wanted | more))
         if student.hidden_states is not None:
             student.hidden_states = self.projection(student.hidden_states)
         teacher = self._teach(inputs) if self._teacher else None
+        if self.tables:
+            student.embedding_table = _embedding_table(self.student)
         losses = [o.function(student, teacher, batch, **options) for o, options in self.objectives.values()]
         return torch.stack(losses), getattr(student, "firing_rate", None)
 
     @torch.no_grad()
     def _teach(self, inputs: dict[str, Tensor]) -> Any:
         """The teacher's outputs; a dense model does not give its scores, so they are taken from its projections."""
-        wanted = {name: value for name, value in self.wanted.items() if name != "output_attention_scores"}
-        if len(wanted) == len(self.wanted):
-            return self._teacher[0](**inputs, **wanted)
-        with attention_scores_recorded(self._teacher[0]) as scores:
-            outputs = self._teacher[0](**inputs, **wanted)
-        outputs.attention_scores = tuple(scores)
+        (teacher,) = self._teacher
+        wanted = {name: value for name, value in self.wanted.items() if name in _OF_DENSE_MODELS}
+        scored = attention_scores_recorded(teacher) if "output_attention_scores" in self.wanted else nullcontext()
+        with scored as scores:
+            outputs = teacher(**inputs, **wanted)
+        if scores is not None:
+            outputs.attention_scores = tuple(scores)
+        if self.tables:
+            outputs.embedding_table = _embedding_table(teacher)
         return outputs
+
+
+def _embedding_table(model: PreTrainedModel) -> Tensor:
+    """Its input embeddings [V, D], as a whole."""
+    table = cast(Tensor, model.get_input_embeddings().weight)
+    if isinstance(table, DTensor):
+        raise RecipeError("embedding_table_mse compares whole tables, FSDP2 has shards; use DDP, or embedding_mse")
+    return table

@@ -1,75 +1,31 @@
 """What a student learns from: functions (student_outputs, teacher_outputs, batch) -> scalar, chosen by name.
 
-Outputs have `logits` ([B, C], or [B, N, V] per token), `hidden_states` (L + 1 times [B, N, D], embeddings first) and
-`attentions` and `attention_scores` (L times [B, H, N, N]); batch has `attention_mask` [B, N] and `labels`. Every
-objective is a mean over what is real (examples, or tokens that are not padding), computed in float32 from
-log-probabilities.
+Outputs have `logits` ([B, C], or [B, N, V] per token), `hidden_states` (L + 1 times [B, N, D], embeddings first),
+`attentions` and `attention_scores` (L times [B, H, N, N]), `embedding_table` ([V, D]) and, of students, `spike_rates`
+(site -> [T]); batch has `attention_mask` [B, N] and `labels`. Every objective is a mean over what is real (examples, or
+tokens that are not padding), computed in float32. Those that compare logits are in `divergences`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from inspect import signature
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from snlp_zoo.distill.divergences import (
+    Batch,
+    Outputs,
+    forward_kl,
+    head_tail_kl,
+    logit_mse,
+    mean_over_tokens,
+    reverse_kl,
+    wasserstein,
+)
 from snlp_zoo.distill.matching import layer_pairs
-
-Outputs = Any  # a transformers ModelOutput, or anything with the attributes above
-Batch = Mapping[str, Tensor]
-
-
-def _mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values [B, N] over real tokens; 0 where there is none."""
-    mask = mask.to(values.dtype)
-    return (values * mask).sum() / mask.sum().clamp_min(1)
-
-
-def _mean_over_logits(values: Tensor, batch: Batch) -> Tensor:
-    """Mean of values [B] over examples, or of values [B, N] over real tokens."""
-    return values.mean() if values.ndim == 1 else _mean_over_tokens(values, batch["attention_mask"])
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """sum p (log p - log q) over the last axis, from log-probabilities."""
-    return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-
-
-def _check_logits(student: Outputs, teacher: Outputs) -> None:
-    if student.logits.shape != teacher.logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student.logits.shape)} and teacher logits {tuple(teacher.logits.shape)} differ; "
-            "logit distillation needs the same classes or vocabulary"
-        )
-
-
-def _log_probabilities(student: Outputs, teacher: Outputs, temperature: float) -> tuple[Tensor, Tensor]:
-    _check_logits(student, teacher)
-    logits = student.logits.float() / temperature, teacher.logits.float() / temperature
-    return logits[0].log_softmax(-1), logits[1].log_softmax(-1)
-
-
-def forward_kl(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch, *, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of softmax(logits / temperature), times temperature^2: covers all of the teacher's modes.
-
-    The factor keeps the gradient's size when the temperature changes (Hinton et al. 2015, arXiv:1503.02531).
-    """
-    student, teacher = _log_probabilities(student_outputs, teacher_outputs, temperature)
-    return _mean_over_logits(_kl(teacher, student), batch) * temperature**2
-
-
-def reverse_kl(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch, *, temperature: float = 1.0) -> Tensor:
-    """KL(student || teacher) of softmax(logits / temperature), times temperature^2: seeks the teacher's main mode."""
-    student, teacher = _log_probabilities(student_outputs, teacher_outputs, temperature)
-    return _mean_over_logits(_kl(student, teacher), batch) * temperature**2
-
-
-def logit_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
-    """Mean squared difference of the logits; the logit objective for regression."""
-    _check_logits(student_outputs, teacher_outputs)
-    difference = student_outputs.logits.float() - teacher_outputs.logits.float()
-    return _mean_over_logits(difference.square().mean(-1), batch)
+from snlp_zoo.errors import RecipeError
 
 
 def cross_entropy(
@@ -90,23 +46,83 @@ def hidden_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch)
 
     Student layers are matched to evenly spread teacher layers; widths must agree (project with `matching.Projection`).
     """
-    student, teacher = student_outputs.hidden_states, teacher_outputs.hidden_states
-    pairs = layer_pairs(len(student) - 1, len(teacher) - 1)
-    return torch.stack([_state_mse(student[i], teacher[j], batch) for i, j in pairs]).mean()
+    return _over_layers(_squares, student_outputs, teacher_outputs, batch)
+
+
+def cosine(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
+    """1 - cosine of the hidden states, matched and averaged as in `hidden_mse`; 1 where a state is all zeros."""
+    return _over_layers(_angles, student_outputs, teacher_outputs, batch)
 
 
 def embedding_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
     """Mean squared difference of the embedding outputs (hidden state 0) over real tokens."""
-    return _state_mse(student_outputs.hidden_states[0], teacher_outputs.hidden_states[0], batch)
+    return _state_distance(_squares, student_outputs.hidden_states[0], teacher_outputs.hidden_states[0], batch)
 
 
-def _state_mse(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+Distance = Callable[[Tensor, Tensor], Tensor]  # states [B, N, D] of student and teacher -> [B, N]
+
+
+def _squares(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student - teacher).square().mean(-1)
+
+
+def _angles(student: Tensor, teacher: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(student, teacher, dim=-1)
+
+
+def _over_layers(distance: Distance, student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
+    student, teacher = student_outputs.hidden_states, teacher_outputs.hidden_states
+    pairs = layer_pairs(len(student) - 1, len(teacher) - 1)
+    return torch.stack([_state_distance(distance, student[i], teacher[j], batch) for i, j in pairs]).mean()
+
+
+def _state_distance(distance: Distance, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
     if student.shape != teacher.shape:
         raise ValueError(
             f"student state {tuple(student.shape)} and teacher state {tuple(teacher.shape)} differ in shape; "
             "project the student first (distill.matching.Projection)"
         )
-    return _mean_over_tokens((student.float() - teacher.float()).square().mean(-1), batch["attention_mask"])
+    return mean_over_tokens(distance(student.float(), teacher.float()), batch["attention_mask"])
+
+
+def embedding_table_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
+    """Mean squared difference of the input embedding tables, all V x D numbers, whatever the batch.
+
+    Raises:
+        RecipeError: they differ in vocabulary or width.
+    Source: Lv et al. 2023 (arXiv:2308.15122).
+    """
+    student, teacher = student_outputs.embedding_table, teacher_outputs.embedding_table
+    if student.shape != teacher.shape:
+        raise RecipeError(
+            f"embedding_table_mse: the student's table {tuple(student.shape)} and the teacher's {tuple(teacher.shape)} "
+            "differ in vocabulary or width; make them equal, or use embedding_mse, which projects embedded tokens"
+        )
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def spike_rate(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch, *, target: float = 0.1) -> Tensor:
+    """Mean over the student's neuron sites of (rate - target)^2, the rate being that of real tokens over all steps.
+
+    No teacher, no labels. Rates are those of a whole batch, so over parts of it the loss is larger by the variance of
+    their rates: the one objective that other numbers of processes or of accumulated batches change a little. Silent
+    neurons are reached if their spikes have no sign. Under FSDP2 an objective on the last layer must stand beside it:
+    its backward gathers the weights.
+
+    Args:
+        target: share of neurons that should fire per step, in [0, 1].
+    Raises:
+        RecipeError: target out of range, or rates without a gradient while one is wanted.
+    """
+    if not 0 <= target <= 1:
+        raise RecipeError(f"spike_rate: target is a share of neurons, in [0, 1], got {target}")
+    rates = torch.stack([rate.float().mean() for rate in student_outputs.spike_rates.values()])
+    if torch.is_grad_enabled() and not rates.requires_grad:
+        raise RecipeError(
+            "spike_rate: this student's spikes have no gradient (it is trained at equilibrium, or has no trained "
+            "weights before its neurons), so nothing can be learned from their rates; leave the objective out"
+        )
+    return (rates - target).square().mean()
 
 
 def attention_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
@@ -139,8 +155,8 @@ class Objective(NamedTuple):
     """An objective and what it needs; `unit` is what its mean runs over, so that ranks can be weighted rightly."""
 
     function: Callable[..., Tensor]
-    unit: Literal["logit", "label", "token", "pair"]
-    needs: tuple[str, ...] = ()  # optional model outputs
+    unit: Literal["logit", "label", "token", "pair", "text"]
+    needs: tuple[str, ...] = ()  # optional model outputs, or embedding_table
     needs_teacher: bool = True
 
     def options(self) -> list[str]:
@@ -156,17 +172,25 @@ class Objective(NamedTuple):
 OBJECTIVES: dict[str, Objective] = {
     "forward_kl": Objective(forward_kl, "logit"),
     "reverse_kl": Objective(reverse_kl, "logit"),
+    "head_tail_kl": Objective(head_tail_kl, "logit"),
+    "wasserstein": Objective(wasserstein, "logit"),
     "logit_mse": Objective(logit_mse, "logit"),
     "cross_entropy": Objective(cross_entropy, "label", needs_teacher=False),
     "hidden_mse": Objective(hidden_mse, "token", ("hidden_states",)),
+    "cosine": Objective(cosine, "token", ("hidden_states",)),
     "embedding_mse": Objective(embedding_mse, "token", ("hidden_states",)),
+    "embedding_table_mse": Objective(embedding_table_mse, "text", ("embedding_table",)),
     "attention_mse": Objective(attention_mse, "pair", ("attentions",)),
     "attention_score_mse": Objective(attention_score_mse, "pair", ("attention_scores",)),
+    "spike_rate": Objective(spike_rate, "token", ("spike_rates",), needs_teacher=False),
 }
 
 
 def count_units(unit: str, batch: Batch, *, per_token: bool = False) -> Tensor:
     """How many examples, labels, real tokens or pairs of real tokens an objective's mean runs over, a float scalar.
+
+    "logit" and "label" are examples, or tokens where every token is predicted; "text" is always examples, with labels
+    or without.
 
     Args:
         per_token: logits are [B, N, V], one prediction per token.

@@ -8,23 +8,41 @@ from snlp_zoo.layers.attention import (
 )
 from snlp_zoo.layers.bernoulli import BernoulliNode
 from snlp_zoo.layers.bispike import SpikingLinear
-from snlp_zoo.layers.coding import Direct
+from snlp_zoo.layers.coding import (
+    Bernoulli,
+    BitPlane,
+    Direct,
+    MultiLevel,
+    Poisson,
+    Signed,
+    TimeToFirstSpike,
+    Unary,
+    make_coding,
+)
 from snlp_zoo.layers.neurons import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, make_neuron
 from snlp_zoo.layers.quant import BitLinear, make_linear, pack
 
 __all__ = [
     "ATTENTIONS",
+    "Bernoulli",
     "BernoulliNode",
     "BitLinear",
+    "BitPlane",
     "Direct",
     "ElasticBiSpike",
     "IFNode",
     "LIFNode",
+    "MultiLevel",
     "ParametricLIFNode",
+    "Poisson",
+    "Signed",
     "SpikingLinear",
     "SpikingSelfAttention",
     "SpikingformerSelfAttention",
+    "TimeToFirstSpike",
+    "Unary",
     "make_attention",
+    "make_coding",
     "make_linear",
     "make_neuron",
     "pack",

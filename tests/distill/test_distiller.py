@@ -9,7 +9,9 @@ from transformers import BertConfig, BertModel
 
 from snlp_zoo.distill.distiller import Distiller, gives_attention_scores
 from snlp_zoo.distill.matching import Projection, SharedProjection
+from snlp_zoo.errors import RecipeError
 from snlp_zoo.models.modeling_spikelm import SpikeLMModel
+from snlp_zoo.registry import build
 
 SIZES = {"vocab_size": 30, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -93,3 +95,94 @@ def test_padding_and_unequal_parts_do_not_change_the_loss(teacher, batch):
     parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
     summed = sum(distiller(part) * distiller.counts(part) for part in parts) / total
     torch.testing.assert_close(summed, whole)
+
+
+@pytest.fixture
+def labelled():
+    ids = torch.randint(5, 120, (4, 8))
+    mask = torch.tensor([[1] * 8, [1] * 8, [1] * 5 + [0] * 3, [1] * 2 + [0] * 6])
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.arange(4) % 2}
+
+
+def spiking_student(**config):
+    student = build("spikelm_tiny", attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, **config)
+    return student.train()
+
+
+def test_a_student_learns_to_fire_at_the_target_without_a_teacher(labelled):
+    distiller = Distiller(spiking_student(), None, {"spike_rate": {"target": 0.25}}).train()
+    optimizer, losses = torch.optim.Adam(distiller.parameters(), lr=3e-3), []
+    for _ in range(40):
+        (loss,) = distiller(labelled)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert distiller.counts(labelled).tolist() == [8 + 8 + 5 + 2]
+
+
+def test_rates_are_of_real_tokens_and_asked_for_once(labelled):
+    distiller = Distiller(spiking_student(), None, {"spike_rate": {}})
+    distiller(labelled)  # measures amplitudes
+    distiller.eval()
+    with torch.no_grad():
+        losses, rate = distiller.losses_and_rate(labelled, output_spike_rates=True)
+        padded = {k: torch.cat([v, v.new_zeros(4, 3)], 1) for k, v in labelled.items() if k != "labels"}
+        more, same = distiller.losses_and_rate(padded, output_spike_rates=True)
+    assert 0 < rate < 1
+    torch.testing.assert_close((more, same), (losses, rate))
+    nothing = labelled | {"attention_mask": torch.zeros_like(labelled["attention_mask"])}
+    assert distiller(nothing).isfinite().all()  # a process without rows: counted as nothing, but not as NaN
+
+
+def test_a_student_whose_spikes_have_no_gradient_is_told_so(labelled):
+    distiller = Distiller(build("spikingbert_tiny"), None, {"spike_rate": {}})
+    with pytest.raises(RecipeError, match="this student's spikes have no gradient"):
+        distiller(labelled)
+    with torch.no_grad():
+        assert distiller(labelled).isfinite().all()
+
+
+def test_tables_are_learned_whatever_the_batch(labelled):
+    student = spiking_student()
+    config = student.config
+    teacher = BertModel(BertConfig(**SIZES | {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}))
+    distiller = Distiller(student, teacher, {"embedding_table_mse": {}, "cross_entropy": {}})
+    loss, _ = distiller(labelled)
+    tables = [model.get_input_embeddings().weight for model in (student, teacher)]
+    torch.testing.assert_close(loss, (tables[0] - tables[1]).square().mean())
+    loss.backward()
+    torch.testing.assert_close(tables[0].grad, 2 * (tables[0] - tables[1]).detach() / tables[0].numel())
+    assert tables[1].grad is None
+    parts = [{key: value[rows] for key, value in labelled.items()} for rows in (slice(0, 1), slice(1, 4))]
+    summed = sum(distiller(part)[0] * distiller.counts(part)[0] for part in parts) / distiller.counts(labelled)[0]
+    torch.testing.assert_close(summed, loss)
+
+
+def test_other_tables_are_an_error(labelled):
+    teacher = BertModel(BertConfig(**SIZES))
+    with pytest.raises(RecipeError, match=r"embedding_table_mse: the student's table .* and the teacher's \(30, 8\)"):
+        Distiller(spiking_student(), teacher, {"embedding_table_mse": {}})(
+            labelled | {"input_ids": torch.ones(4, 8).long()}
+        )
+
+
+def test_angles_are_learned_through_the_projection(batch):
+    teacher = BertModel(BertConfig(**SIZES | {"hidden_size": 16}, num_hidden_layers=4))
+    distiller = Distiller(Scores(), teacher, {"cosine": {}})
+    assert len(distiller.projection.layers) == 3
+    optimizer, losses = torch.optim.Adam(distiller.parameters(), lr=0.05), []
+    for _ in range(60):
+        (loss,) = distiller(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_only_states_are_projected(labelled):
+    teacher = BertModel(BertConfig(**SIZES | {"vocab_size": 120}))
+    for objective in ("attention_mse", "spike_rate"):
+        assert not list(Distiller(spiking_student(), teacher, {objective: {}}).projection.parameters())

@@ -9,18 +9,24 @@ from snlp_zoo.distill.objectives import (
     OBJECTIVES,
     attention_mse,
     attention_score_mse,
+    cosine,
     count_units,
     cross_entropy,
     embedding_mse,
+    embedding_table_mse,
     forward_kl,
     hidden_mse,
     logit_mse,
     reverse_kl,
+    spike_rate,
 )
+from snlp_zoo.errors import RecipeError
 
-B, N, D, H, L, C = 3, 5, 4, 2, 2, 3
+B, N, D, H, L, C, V, T = 3, 5, 4, 2, 2, 3, 7, 4
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
-LOGIT_OBJECTIVES = ["forward_kl", "reverse_kl", "logit_mse"]
+LOGIT_OBJECTIVES = ["forward_kl", "reverse_kl", "head_tail_kl", "wasserstein", "logit_mse"]
+STATE_OBJECTIVES = ["hidden_mse", "cosine", "embedding_mse"]
+OWN_OBJECTIVES = ["cross_entropy", "spike_rate"]  # without a teacher
 
 
 def make_outputs(seed, *, layers=L, heads=H, width=D, per_token=False, dtype=torch.float32):
@@ -34,7 +40,14 @@ def make_outputs(seed, *, layers=L, heads=H, width=D, per_token=False, dtype=tor
         hidden_states=tuple(draw(B, N, width) for _ in range(layers + 1)),
         attentions=tuple(draw(B, heads, N, N) for _ in range(layers)),
         attention_scores=tuple(draw(B, heads, N, N) for _ in range(layers)),
+        embedding_table=draw(V, width),
+        spike_rates={f"layers.{i}": draw(T) for i in range(layers)},
     )
+
+
+def replaced(outputs, **changes):
+    """The same outputs but for some of them."""
+    return SimpleNamespace(**(vars(outputs) | changes))
 
 
 def make_batch(per_token=False):
@@ -52,7 +65,8 @@ def overwrite_padding(outputs):
     pad = MASK == 0
     pairs = pad[:, None, :, None] | pad[:, None, None, :]
     logits = outputs.logits.detach()
-    return SimpleNamespace(
+    return replaced(
+        outputs,
         logits=logits.masked_fill(pad[..., None], 1e3) if logits.ndim == 3 else logits,
         hidden_states=tuple(x.detach().masked_fill(pad[..., None], 1e3) for x in outputs.hidden_states),
         attentions=tuple(x.detach().masked_fill(pairs, 1e3) for x in outputs.attentions),
@@ -186,7 +200,7 @@ def test_attention_mse_averages_over_heads_where_their_numbers_differ():
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "cross_entropy"])
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in OWN_OBJECTIVES])
 def test_zero_for_equal_outputs_and_positive_otherwise(name, per_token):
     student, teacher = make_outputs(0, per_token=per_token), make_outputs(1, per_token=per_token)
     function, batch = OBJECTIVES[name].function, make_batch(per_token)
@@ -211,6 +225,7 @@ def test_gradients_are_finite_and_stay_out_of_padding(name, per_token):
     assert loss.shape == ()
     loss.backward()
     tensors = [student.logits, *student.hidden_states, *student.attentions, *student.attention_scores]
+    tensors += [student.embedding_table, *student.spike_rates.values()]
     grads = [x.grad for x in tensors if x.grad is not None]
     assert grads
     for grad in grads:
@@ -232,6 +247,8 @@ def test_half_precision_is_computed_in_float32(name, per_token):
             hidden_states=tuple(h.float() for h in x.hidden_states),
             attentions=tuple(a.float() for a in x.attentions),
             attention_scores=tuple(a.float() for a in x.attention_scores),
+            embedding_table=x.embedding_table.float(),
+            spike_rates={site: rate.float() for site, rate in x.spike_rates.items()},
         )
         for x in (student, teacher)
     ]
@@ -239,7 +256,7 @@ def test_half_precision_is_computed_in_float32(name, per_token):
     assert torch.equal(got, function(*wide, batch))
 
 
-@pytest.mark.parametrize("name", ["hidden_mse", "embedding_mse", "attention_mse", "attention_score_mse"])
+@pytest.mark.parametrize("name", [*STATE_OBJECTIVES, "attention_mse", "attention_score_mse"])
 def test_a_batch_without_tokens_is_zero(name):
     student, teacher = make_outputs(0), make_outputs(1)
     loss = OBJECTIVES[name].function(student, teacher, {"attention_mask": torch.zeros_like(MASK)})
@@ -262,7 +279,7 @@ def test_one_logit_is_not_spread_over_many(name):
         OBJECTIVES[name].function(student, teacher, make_batch())
 
 
-@pytest.mark.parametrize("name", ["hidden_mse", "embedding_mse"])
+@pytest.mark.parametrize("name", STATE_OBJECTIVES)
 @pytest.mark.parametrize("width", [6, 1])
 def test_other_widths_are_an_error(name, width):
     student, teacher = make_outputs(0), make_outputs(1, width=width)
@@ -274,14 +291,21 @@ def test_options_are_the_keyword_arguments():
     options = {name: objective.options() for name, objective in OBJECTIVES.items()}
     assert options["forward_kl"] == options["reverse_kl"] == ["temperature"]
     assert options["cross_entropy"] == ["label_smoothing"]
+    assert options["head_tail_kl"] == ["temperature", "delta", "head", "tail", "head_weight", "tail_weight"]
+    assert options["wasserstein"] == ["cost", "epsilon", "iterations"]
+    assert options["spike_rate"] == ["target"]
+    assert options["cosine"] == options["embedding_table_mse"] == []
     assert options["hidden_mse"] == options["attention_mse"] == options["logit_mse"] == []
 
 
 def test_the_table_says_what_each_objective_needs():
-    assert {name for name, objective in OBJECTIVES.items() if not objective.needs_teacher} == {"cross_entropy"}
+    assert {name for name, objective in OBJECTIVES.items() if not objective.needs_teacher} == set(OWN_OBJECTIVES)
+    labelled = {name for name, objective in OBJECTIVES.items() if objective.needs_labels}
+    assert labelled == {"cross_entropy", *LOGIT_OBJECTIVES}
     for name, objective in OBJECTIVES.items():
         student, teacher = make_outputs(0), make_outputs(1)
-        for output in {"hidden_states", "attentions", "attention_scores"} - set(objective.needs):
+        optional = {"hidden_states", "attentions", "attention_scores", "embedding_table", "spike_rates"}
+        for output in optional - set(objective.needs):
             setattr(student, output, None)
             setattr(teacher, output, None)
         assert objective.function(student, teacher if objective.needs_teacher else None, make_batch()).isfinite(), name
@@ -297,6 +321,8 @@ def test_the_table_says_what_each_objective_needs():
         ("token", False, 9),
         ("token", True, 9),
         ("pair", False, 25 + 9 + 1),
+        ("text", False, B),
+        ("text", True, B),
     ],
 )
 def test_count_units(unit, per_token, count):
@@ -318,7 +344,8 @@ def test_parts_weighted_by_their_units_make_up_the_whole(name, per_token):
     total, units = 0.0, 0.0
     for rows in (slice(0, 1), slice(1, 3)):
         part = [
-            SimpleNamespace(
+            replaced(
+                x,
                 logits=x.logits[rows],
                 hidden_states=tuple(h[rows] for h in x.hidden_states),
                 attentions=tuple(a[rows] for a in x.attentions),
@@ -330,3 +357,76 @@ def test_parts_weighted_by_their_units_make_up_the_whole(name, per_token):
         weight = count_units(objective.unit, part_batch, per_token=per_token)
         total, units = total + weight * objective.function(*part, part_batch), units + weight
     torch.testing.assert_close(total / units, objective.function(student, teacher, batch))
+
+
+def test_cosine_by_hand():
+    states = [
+        torch.tensor([[[3.0, 4.0], [1.0, 0.0], [1.0, 1.0]]]),
+        torch.tensor([[[4.0, 3.0], [-2.0, 0.0], [9.0, 9.0]]]),
+    ]
+    student, teacher = (SimpleNamespace(hidden_states=(torch.zeros(1, 3, 2), x, x)) for x in states)
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    assert cosine(student, teacher, batch).item() == pytest.approx(((1 - 24 / 25) + 2) / 2)
+
+
+def test_cosine_matches_spread_layers_and_ignores_lengths():
+    student, teacher = make_outputs(0, layers=2), make_outputs(1, layers=6)
+    states = [torch.full((B, N, D), torch.nan)] * 7
+    states[3], states[6] = 5 * student.hidden_states[1], 0.1 * student.hidden_states[2]
+    assert cosine(student, replaced(teacher, hidden_states=tuple(states)), make_batch()).item() == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_cosine_of_a_silent_token_is_one_and_has_a_finite_gradient():
+    silent = torch.zeros(B, N, D, requires_grad=True)
+    student, teacher = SimpleNamespace(hidden_states=(silent, silent)), make_outputs(1, layers=1)
+    loss = cosine(student, teacher, make_batch())
+    loss.backward()
+    assert loss == 1
+    assert silent.grad.isfinite().all()
+
+
+def test_embedding_table_mse_by_hand_and_needs_equal_tables():
+    student, teacher = (SimpleNamespace(embedding_table=torch.tensor(x)) for x in ([[1.0, 2.0]] * 3, [[1.0, 5.0]] * 3))
+    assert embedding_table_mse(student, teacher, {}).item() == 4.5
+    for shape in ((4, 2), (3, 1)):
+        teacher = SimpleNamespace(embedding_table=torch.zeros(shape))
+        message = (
+            rf"student's table \(3, 2\) and the teacher's \({shape[0]}, {shape[1]}\) differ in vocabulary or width"
+        )
+        with pytest.raises(RecipeError, match=message):
+            embedding_table_mse(student, teacher, {})
+
+
+def test_spike_rate_by_hand():
+    first, second = torch.tensor([0.2, 0.4], requires_grad=True), torch.tensor([0.0, 0.2], requires_grad=True)
+    student = SimpleNamespace(spike_rates={"a": first, "b": second})
+    loss = spike_rate(student, None, {}, target=0.25)
+    assert loss.item() == pytest.approx((0.05**2 + 0.15**2) / 2)
+    loss.backward()
+    assert first.grad.tolist() == pytest.approx([0.05 / 2] * 2)
+    assert second.grad.tolist() == pytest.approx([-0.15 / 2] * 2)
+
+
+def test_spike_rate_errors():
+    student = SimpleNamespace(spike_rates={"a": torch.tensor([0.2])})
+    with pytest.raises(RecipeError, match=r"target is a share of neurons, in \[0, 1\], got 1\.5"):
+        spike_rate(student, None, {}, target=1.5)
+    with pytest.raises(RecipeError, match="this student's spikes have no gradient"):
+        spike_rate(student, None, {})
+    with torch.no_grad():
+        assert spike_rate(student, None, {}).item() == pytest.approx(0.01)
+
+
+def test_the_spike_rate_of_parts_is_that_of_the_whole_and_their_variance():
+    parts, weights = torch.rand(3, L, T, requires_grad=True), torch.tensor([0.5, 0.2, 0.3])  # of real tokens
+
+    def loss(rates):
+        return spike_rate(SimpleNamespace(spike_rates={str(i): rate for i, rate in enumerate(rates)}), None, {})
+
+    whole = torch.tensordot(weights, parts, 1)
+    spread = (weights[:, None] * (parts.mean(-1) - whole.mean(-1)).square()).sum(0).mean()
+    got = sum(weight * loss(part) for weight, part in zip(weights, parts, strict=True))
+    torch.testing.assert_close(got, loss(whole) + spread)
+    assert spread > 0.01

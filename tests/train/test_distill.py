@@ -459,3 +459,14 @@ def test_distill_by_default_goes_to_runs(make_recipe):
     assert Path(summary["path"]) == Path("runs/tiny/model")
     assert Path(summary["path"], "config.json").is_file()
     assert "baseline_accuracy" not in summary
+
+
+def test_text_without_labels_teaches_angles_tables_and_rates(run, metrics):
+    objectives = {"cosine": 1.0, "embedding_table_mse": 1.0, "spike_rate": {"weight": 1.0, "target": 0.2}}
+    folder, summary = run(
+        model={"init_from": "scratch"}, data={"label": None}, objectives=objectives, train={"epochs": 3}
+    )
+    rows = [row for row in metrics(folder) if "loss" in row]
+    for name in objectives:
+        assert rows[-1][name] < rows[0][name], name
+    assert 0 < summary["firing_rate"] < 1

@@ -191,6 +191,28 @@ def test_sharded_training_is_that_of_one_process(run, make_recipe, two_processes
 
 
 @pytest.mark.slow
+def test_further_objectives_are_those_of_one_process(run, make_recipe, two_processes, trained, metrics, tmp_path):
+    """All but spike_rate, whose parts add the variance of their rates: its weight is 0 where curves are compared."""
+    general = {"cosine": 1.0, "embedding_table_mse": 0.5, "spike_rate": {"weight": 0.0, "target": 0.2}}
+    task = {"head_tail_kl": 1.0, "wasserstein": 0.5, "cosine": 0.5, "embedding_table_mse": 0.5}
+    stages = [
+        {"name": "general", "data": {"label": None, "max_length": 10}, "objectives": general},
+        {"name": "task", "objectives": task},
+    ]
+    changes = {"model": {"init_from": "scratch"}, "stages": stages}
+    settings = SETTINGS | {"epochs": 1, "eval_batch_size": 5}
+    one, _ = run(**changes, train=settings)
+    recipe = make_recipe(**changes, train=settings | {"batch_size": 8})
+    two_processes(recipe, "--output-dir", tmp_path / "two")
+    for stage in ("1_general", "2_task"):
+        ours, theirs = (metrics(folder / stage) for folder in (one, tmp_path / "two"))
+        for row, other in zip(ours, theirs, strict=True):
+            rate, rates = row.pop("spike_rate", 0.0), other.pop("spike_rate", 0.0)
+            assert rate - 1e-5 <= rates <= rate + 1e-3
+        assert_same_curves(theirs, ours)
+
+
+@pytest.mark.slow
 def test_one_process_told_to_stop_stops_all_and_they_go_on(make_recipe, two_processes, trained, metrics, tmp_path):
     recipe = make_recipe(train={"batch_size": 8, "epochs": 1})
     arguments = (recipe, "--output-dir", tmp_path / "two")

@@ -164,7 +164,9 @@ def test_text_without_labels(make_recipe):
     assert recipe.data.source == ["a.txt", "b"]
     text = message(str(make_recipe(data=data, objectives={"hidden_mse": 1, "cross_entropy": 1, "logit_mse": 1})))
     assert "cross_entropy, logit_mse cannot be had without labels" in text
-    assert text.endswith("use hidden_mse, embedding_mse, attention_mse, attention_score_mse")
+    assert text.endswith(
+        "use hidden_mse, cosine, embedding_mse, embedding_table_mse, attention_mse, attention_score_mse, spike_rate"
+    )
     assert "at least 1" in message(str(make_recipe(data=data | {"source": []}, objectives={"hidden_mse": 1})))
 
 

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.state import AcceleratorState, PartialState
@@ -22,8 +21,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
-    gather_object,
-    send_to_device,
     set_seed,
     tqdm,
 )
@@ -32,18 +29,17 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.errors import CheckpointError, DataError, Interrupted, RecipeError
 from snlp_zoo.train.checkpoints import Checkpoints
+from snlp_zoo.train.evaluation import evaluate, evaluate_losses, never_empty, own_rows
 from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
-from snlp_zoo.train.metrics import score
 from snlp_zoo.train.processes import StopSignals
 from snlp_zoo.train.recipe import TrainPart
 
 Weights = dict[str, Tensor]
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
@@ -77,79 +73,6 @@ class Progress:
     best_step: int = 0
     evaluations_since_best: int = 0
     done: bool = False
-
-
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoader, label: str) -> dict[str, float]:
-    """Scores of a model over a loader of global batches, and its firing rate if it spikes. Equal on every rank.
-
-    Args:
-        model: unwrapped; its training mode is restored.
-        label: what the progress bar says.
-    """
-    was_training = model.training
-    model.eval()
-    spikes = {"output_spike_rates": True} if hasattr(model.config, "time_steps") else {}
-    rows: list[tuple[int, np.ndarray, Any]] = []  # example number, logits, label
-    fired: list[tuple[float, int]] = []  # firing rate and tokens of a batch
-    for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
-        batch = _own_rows(accelerator, whole)
-        inputs = _never_empty(batch, whole)
-        output = model(**{k: inputs[k] for k in _INPUTS if k in inputs}, **spikes)
-        if len(batch["index"]):
-            columns = (batch["index"].tolist(), output.logits.float().cpu().numpy(), batch["labels"].cpu().numpy())
-            rows += zip(*columns, strict=True)
-            if spikes:
-                fired.append((float(output.firing_rate), int(batch["attention_mask"].sum())))
-    model.train(was_training)
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
-    scores = score(np.stack([row[1] for row in rows]), np.stack([row[2] for row in rows]))
-    if spikes:
-        fired = gather_object(fired)
-        scores["firing_rate"] = sum(rate * tokens for rate, tokens in fired) / sum(tokens for _, tokens in fired)
-    return scores
-
-
-@torch.no_grad()
-def evaluate_losses(
-    accelerator: Accelerator, distiller: Distiller, loader: DataLoader, weights: Tensor, label: str
-) -> dict[str, float]:
-    """`evaluate` for a student without a head, by its distance from the teacher.
-
-    Returns:
-        negative_loss (minus the weighted sum, so that more is better), every objective's mean over all batches,
-        firing_rate. Equal on every rank.
-    """
-    was_training = distiller.training
-    distiller.eval()
-    sums: list[tuple[Tensor, Tensor, float, int]] = []  # losses times units, units, firing rate times tokens, tokens
-    for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
-        batch = _own_rows(accelerator, whole)
-        losses, rate = distiller.losses_and_rate(_never_empty(batch, whole), output_spike_rates=True)
-        if len(batch["index"]):
-            units, tokens = distiller.counts(batch).double(), int(batch["attention_mask"].sum())
-            sums.append(((losses.double() * units).cpu(), units.cpu(), float(rate) * tokens, tokens))
-    distiller.train(was_training)
-    losses, units, fired, tokens = (sum(column) for column in zip(*gather_object(sums), strict=True))
-    means = (losses / units.clamp_min(1)).tolist()
-    negative = -sum(weight * mean for weight, mean in zip(weights.tolist(), means, strict=True))
-    terms = dict(zip(distiller.objectives, means, strict=True))
-    return {"negative_loss": negative, **terms, "firing_rate": fired / tokens}
-
-
-def _own_rows(accelerator: Accelerator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This process's rows of a global batch. All are padded alike, so processes round alike, whatever their number."""
-    size, rank, processes = len(batch["index"]), accelerator.process_index, accelerator.num_processes
-    own = slice(size * rank // processes, size * (rank + 1) // processes)
-    return send_to_device({key: value[own] for key, value in batch.items()}, accelerator.device)
-
-
-def _never_empty(batch: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A process without rows takes part with one that is all padding: the others wait for its sums and its shards."""
-    if len(batch["index"]):
-        return batch
-    stand_in = {key: whole[key][:1].to(value.device) for key, value in batch.items()}
-    return stand_in | {"attention_mask": torch.zeros_like(stand_in["attention_mask"])}
 
 
 class Trainer:
@@ -252,12 +175,12 @@ class Trainer:
         totals = torch.stack([self.distiller.counts(batch) for batch in window]).sum(0).to(self.weights.device)
         means = torch.zeros_like(self.weights)
         for i, whole in enumerate(window):
-            batch = _own_rows(self.accelerator, whole)
+            batch = own_rows(self.accelerator, whole)
             # a mean of unequal ranks' means is not the mean: each micro-batch counts by its share of the whole
             share = self.distiller.counts(batch) / totals.clamp_min(1)
             with _no_sync(self.accelerator, self.module, i < len(window) - 1):
                 with self.accelerator.autocast():  # FSDP2 alone does not have it already
-                    losses = self.module(_never_empty(batch, whole)) * share
+                    losses = self.module(never_empty(batch, whole)) * share
                 # gradients are averaged over ranks, the shares already add up to one
                 self.accelerator.backward((losses * self.weights).sum() * self.accelerator.num_processes)
             means += losses.detach()

@@ -17,9 +17,10 @@ from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.train.checkpoints import started_with
+from snlp_zoo.train.evaluation import evaluate
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
 from snlp_zoo.train.job import Job, load_data, status
-from snlp_zoo.train.loop import Progress, Trainer, Weights, evaluate, make_accelerator
+from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
 from snlp_zoo.train.metrics import bag_of_words_baseline
 from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes

@@ -1,5 +1,7 @@
 """Scores on a split: of a model with a head by its predictions, of an encoder by its distance from the teacher."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from snlp_zoo.distill.distiller import Distiller
+from snlp_zoo.layers.firing import effective_domain_recorded
 from snlp_zoo.train.metrics import score
 
+SAMPLE = 8  # texts on which neurons are looked at
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -49,7 +53,7 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
 
 @torch.no_grad()
 def evaluate_losses(
-    accelerator: Accelerator, distiller: Distiller, loader: DataLoader, weights: Tensor, label: str
+    accelerator: Accelerator, distiller: Distiller, loader: DataLoader, weights: list[float], label: str
 ) -> dict[str, float]:
     """`evaluate` for a student without a head, by its distance from the teacher.
 
@@ -69,7 +73,7 @@ def evaluate_losses(
     distiller.train(was_training)
     losses, units, fired, tokens = (sum(column) for column in zip(*gather_object(sums), strict=True))
     means = (losses / units.clamp_min(1)).tolist()
-    negative = -sum(weight * mean for weight, mean in zip(weights.tolist(), means, strict=True))
+    negative = -sum(weight * mean for weight, mean in zip(weights, means, strict=True))
     terms = dict(zip(distiller.objectives, means, strict=True))
     return {"negative_loss": negative, **terms, "firing_rate": fired / tokens}
 
@@ -87,3 +91,34 @@ def never_empty(batch: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str,
         return batch
     stand_in = {key: whole[key][:1].to(value.device) for key, value in batch.items()}
     return stand_in | {"attention_mask": torch.zeros_like(stand_in["attention_mask"])}
+
+
+def sample(loader: DataLoader, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of a few texts of middling length, the same at every look and on every rank."""
+    batches = list(loader.batch_sampler)  # type: ignore[arg-type]
+    batch = loader.collate_fn(batches[len(batches) // 2][:SAMPLE])
+    return send_to_device({key: batch[key] for key in _INPUTS if key in batch}, device)
+
+
+@torch.no_grad()
+def firing_rates(student: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """Mean firing rate of a student on these texts, and that of each of its neurons' sites."""
+    with _evaluating(student):
+        output = student(**inputs, output_spike_rates=True)
+    return float(output.firing_rate), {site: float(rate.mean()) for site, rate in output.spike_rates.items()}
+
+
+@torch.no_grad()
+def effective_domain(student: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Share of membrane potentials whose surrogate gradient is not negligible on these texts, site by site."""
+    with _evaluating(student), effective_domain_recorded(student.base_model, inputs["attention_mask"]) as shares:
+        student(**inputs)
+    return {site: round(float(share), 4) for site, share in shares.items()}
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)

@@ -8,7 +8,7 @@ Everything that decides the next step lies in the checkpoint, so a resumed run c
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -33,11 +33,22 @@ from transformers import get_scheduler
 
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.errors import CheckpointError, DataError, Interrupted, RecipeError
+from snlp_zoo.layers.neurons import set_surrogate_temperature
 from snlp_zoo.train.checkpoints import Checkpoints
-from snlp_zoo.train.evaluation import evaluate, evaluate_losses, never_empty, own_rows
+from snlp_zoo.train.evaluation import (
+    effective_domain,
+    evaluate,
+    evaluate_losses,
+    firing_rates,
+    never_empty,
+    own_rows,
+    sample,
+)
 from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
+from snlp_zoo.train.firing import FiringWatch
 from snlp_zoo.train.processes import StopSignals
 from snlp_zoo.train.recipe import TrainPart
+from snlp_zoo.train.schedules import Schedule, value_at
 
 Weights = dict[str, Tensor]
 
@@ -73,6 +84,7 @@ class Progress:
     best_step: int = 0
     evaluations_since_best: int = 0
     done: bool = False
+    firing: FiringWatch = field(default_factory=FiringWatch)
 
 
 class Trainer:
@@ -80,7 +92,8 @@ class Trainer:
 
     Args:
         loaders: global batches for training and validation; every process takes its rows of each.
-        weights: objective name -> weight, in the distiller's order.
+        weights: objective name -> weight, in the distiller's order. Like the surrogates' temperature a weight may
+            change from the first step of all epochs to the last; validation always takes those of the end.
         folder: `metrics.jsonl`, `checkpoints/` and the best `model/` go here (rank 0 writes).
         save_model: writes the student into a folder, from its weights and those of its projection.
     """
@@ -91,7 +104,7 @@ class Trainer:
         distiller: Distiller,
         loaders: tuple[DataLoader, DataLoader],
         settings: TrainPart,
-        weights: dict[str, float],
+        weights: dict[str, float | Schedule],
         folder: Path,
         save_model: Callable[[Path, Weights, Weights], None],
     ) -> None:
@@ -111,11 +124,15 @@ class Trainer:
         self.loader, self.eval_loader = loaders
         self.distiller: Distiller = accelerator.unwrap_model(self.module)
         register_fsdp_forward_method(self.distiller, "losses_and_rate")  # does nothing without FSDP2
+        spikes = hasattr(distiller.student.config, "time_steps")  # a teacher does not
+        self.sample = sample(self.eval_loader, accelerator.device) if spikes else None
         self.checkpoints = Checkpoints(accelerator, self.module, folder / "checkpoints", settings)
         self.stop = StopSignals(accelerator.num_processes)
-        self.weights = torch.tensor(list(weights.values()), device=accelerator.device)
+        self.weights = torch.zeros(len(weights), device=accelerator.device)  # of the step in progress
+        self.scheduled = [settings.surrogate_temperature, *weights.values()]
+        self.values: list[float] = []  # of all that is scheduled, at the step in progress
         per_epoch = -(-len(self.loader) // settings.gradient_accumulation_steps)
-        planned = per_epoch * settings.epochs
+        self.planned = planned = per_epoch * settings.epochs
         self.total_steps = min(settings.max_steps or planned, planned)
         self.eval_steps, self.save_steps = settings.eval_steps or per_epoch, settings.save_steps or per_epoch
         warmup = round(settings.warmup_ratio * planned)
@@ -172,6 +189,7 @@ class Trainer:
     def _step(self, window: list[dict[str, Tensor]]) -> Tensor:
         """One optimiser step over the batches of an accumulation window; the objectives' global means [objectives]."""
         self.module.train()
+        self._follow_schedules()
         totals = torch.stack([self.distiller.counts(batch) for batch in window]).sum(0).to(self.weights.device)
         means = torch.zeros_like(self.weights)
         for i, whole in enumerate(window):
@@ -190,10 +208,23 @@ class Trainer:
         self.optimizer.zero_grad()
         return means
 
+    def _follow_schedules(self) -> None:
+        """Weights and temperature of this step; set where they change only, a compiled student would compile again."""
+        progress = self.progress.step / max(self.planned - 1, 1)
+        values = [value_at(scheduled, progress) for scheduled in self.scheduled]
+        if values[1:] != self.values[1:]:
+            self.weights = torch.tensor(values[1:], device=self.accelerator.device)
+        if values[:1] != self.values[:1]:
+            set_surrogate_temperature(self.distiller.student, values[0])
+        self.values = values
+
     def _after_step(self, losses: Tensor, batches: int) -> None:
         progress, settings = self.progress, self.settings
         progress.step, progress.batch = progress.step + 1, progress.batch + batches
         progress.done = progress.step >= self.total_steps
+        if self.sample and progress.firing.due(progress.step):
+            rate, sites = firing_rates(self.distiller.student, self.sample)
+            progress.firing.look(progress.step, rate, sites, self.distiller.student.config)
         if progress.step % settings.logging_steps == 0 or progress.done:
             self._log_losses(losses)
         if progress.step % self.eval_steps == 0 or progress.done:
@@ -222,10 +253,13 @@ class Trainer:
         progress = self.progress
         student = self.distiller.student
         if student.base_model is student:  # no head, no predictions
-            scores = evaluate_losses(self.accelerator, self.distiller, self.eval_loader, self.weights, "validate")
+            weights = [value_at(weight, 1.0) for weight in self.scheduled[1:]]
+            scores = evaluate_losses(self.accelerator, self.distiller, self.eval_loader, weights, "validate")
         else:
             scores = evaluate(self.accelerator, student, self.eval_loader, "validate")
-        self._write({"step": progress.step, "split": "validation", **scores})
+        domain = effective_domain(student, self.sample) if self.sample else {}
+        more = {"effective_domain": domain} if domain else {}
+        self._write({"step": progress.step, "split": "validation", **scores, **more})
         metric = next(iter(scores.values()))
         if progress.best is None or metric > progress.best:
             progress.best, progress.best_step, progress.evaluations_since_best = metric, progress.step, 0
@@ -248,7 +282,9 @@ class Trainer:
                 raise CheckpointError(f"cannot write {self.folder / 'metrics.jsonl'}: {error}") from error
 
         self._on_main(append)
-        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, row["step"])
+        domain = {f"effective_domain/{site}": share for site, share in row.get("effective_domain", {}).items()}
+        values = {name: value for name, value in (row | domain).items() if isinstance(value, float)}
+        self.accelerator.log(values, row["step"])
 
     def _on_main(self, action: Callable[[], None]) -> None:
         if self.accelerator.is_main_process:
@@ -267,7 +303,8 @@ class Trainer:
         self._on_main(lambda: recover_folder(self.folder / "model"))
 
         def take(state: dict[str, Any]) -> None:
-            self.progress = Progress(**state["progress"])
+            progress = state["progress"]
+            self.progress = Progress(**progress | {"firing": FiringWatch(**progress.get("firing", {}))})
             self.scheduler.load_state_dict(state["scheduler"])
 
         self.checkpoints.load(take)

@@ -27,6 +27,47 @@ def test_layer_pairs_by_hand(student, teacher, expected):
     assert layer_pairs(student, teacher) == expected
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "layer_map", "layers"),
+    [
+        (6, 12, "skip", [1, 3, 5, 7, 9, 11]),  # SpikeBERT as released: hidden_states[1:][::2]
+        (3, 12, "skip", [1, 5, 9]),
+        (12, 12, "skip", list(range(1, 13))),
+        (5, 12, "skip", [1, 3, 5, 8, 10]),
+        (6, 3, "skip", [1, 1, 2, 2, 3, 3]),
+        (6, 3, "spread", [1, 1, 1, 2, 2, 3]),
+        (3, 6, [6, 1, 1], [6, 1, 1]),
+    ],
+)
+def test_layer_maps_by_hand(student, teacher, layer_map, layers):
+    assert layer_pairs(student, teacher, layer_map) == [(i + 1, layer) for i, layer in enumerate(layers)]
+
+
+@pytest.mark.parametrize("student", range(1, 13))
+@pytest.mark.parametrize("teacher", range(1, 13))
+def test_any_depth_skips_in_any_depth(student, teacher):
+    layers = [j for _, j in layer_pairs(student, teacher, "skip")]
+    assert layers == sorted(layers)
+    assert (len(layers), layers[0]) == (student, 1)
+    assert layers[-1] <= teacher
+    assert len(set(layers)) == min(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "message"),
+    [
+        ([1, 2], r"layer_map \[1, 2\] must name one of the teacher's layers 1 to 6 for each of the student's 3"),
+        ([1, 2, 7], r"\[1, 2, 7\].* 1 to 6"),
+        ([0, 1, 2], r"\[0, 1, 2\].* 1 to 6"),
+        ([1, 2, "3"], "use 'spread', 'skip', or a list"),
+        ("every", "layer_map is 'every'; use 'spread', 'skip'"),
+    ],
+)
+def test_no_such_layer_map(layer_map, message):
+    with pytest.raises(RecipeError, match=message):
+        layer_pairs(3, 6, layer_map)
+
+
 @pytest.mark.parametrize("student", range(1, 13))
 @pytest.mark.parametrize("teacher", range(1, 13))
 def test_any_depth_learns_from_any_depth(student, teacher):

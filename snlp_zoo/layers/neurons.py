@@ -370,7 +370,7 @@ def _spread(values: Tensor, into: list[Tensor]) -> None:
 def set_surrogate_temperature(net: nn.Module, value: float) -> None:
     """Widen the surrogate of every neuron below `net` by this factor."""
     for module in net.modules():
-        if isinstance(module, BaseNode):
+        if isinstance(module, _LIFBase):
             module.surrogate_temperature = value
 
 

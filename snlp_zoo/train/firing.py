@@ -19,15 +19,15 @@ class FiringWatch:
     warned: bool = False
 
     def due(self, step: int) -> bool:
-        """Whether to look after this step (counted from 1)."""
-        return not self.warned and step % EVERY == 1
+        """Whether to look after this step (counted from 1): the same on every rank, whatever each has seen."""
+        return step % EVERY == 1
 
     def look(self, step: int, rate: float, sites: dict[str, float], config: Any) -> None:
         """Warn if it is time to: `rate` is the mean over all sites, config the student's."""
         state = _state(rate)
         if state != self.state:
             self.state, self.since = state, step
-        if not state or step - self.since < PATIENCE:
+        if self.warned or not state or step - self.since < PATIENCE:
             return
         self.warned = True
         names = [site for site, own in sites.items() if _state(own) == state]

@@ -106,9 +106,13 @@ def test_the_usual_cause_in_numbers(warnings):
     assert "(tau 10 and T 4 ask for x >= 2.9 v_threshold)" in said
 
 
-def test_a_look_is_due_every_few_steps_and_never_after_a_warning():
+def test_a_look_is_due_every_few_steps():
     assert [step for step in range(1, 62) if FiringWatch().due(step)] == [1, 21, 41, 61]
-    assert not FiringWatch(warned=True).due(21)
+
+
+def test_it_warns_once(warnings):
+    looks([0.0] * 30)
+    assert len(warnings()) == 1
 
 
 # ---- the effective domain ----

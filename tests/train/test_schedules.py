@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.layers.neurons import BaseNode
@@ -77,7 +78,11 @@ OBJECTIVES = {
     "cross_entropy": 0.2,
     "hidden_mse": {"weight": {"start": 2.0, "end": 0.1, "shape": "cosine"}},
 }
-CHANGES = {"objectives": OBJECTIVES, "train": {"surrogate_temperature": [4.0, 0.5], "save_steps": 5}}  # 12 steps
+CHANGES = {  # 12 steps
+    "model": {"model_type": "spikingbert"},
+    "objectives": OBJECTIVES,
+    "train": {"surrogate_temperature": [4.0, 0.5], "save_steps": 5},
+}
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def temperatures(monkeypatch):
 
 
 def test_every_step_has_its_own_weights_and_temperature(run, metrics, temperatures):
-    folder, _ = run(**CHANGES, model={"model_type": "spikingbert"})
+    folder, _ = run(**CHANGES)
     rows = [row for row in metrics(folder) if "loss" in row]
     assert len(rows) == 12
     weights = {name: value if isinstance(value, float) else value["weight"] for name, value in OBJECTIVES.items()}
@@ -149,7 +154,16 @@ def test_the_best_encoder_is_chosen_by_the_last_weights(run, metrics):
     assert summary["student_negative_loss"] == max(row["negative_loss"] for row in rows)
 
 
-def test_a_saved_student_knows_no_temperature(run, trained):
-    folder, _ = run(train={"surrogate_temperature": 2.0, "max_steps": 1})
-    ours, theirs = (json.loads((path / "model" / "config.json").read_text()) for path in (folder, trained.folder))
+def test_a_saved_student_knows_no_temperature(run):
+    changes = {"model": {"model_type": "spikingbert"}}
+    folders = [run(**changes, train={"surrogate_temperature": value, "max_steps": 1})[0] for value in (2.0, 1.0)]
+    ours, theirs = (json.loads((folder / "model" / "config.json").read_text()) for folder in folders)
     assert ours == theirs
+    names = [load_file(folder / "model" / "model.safetensors").keys() for folder in folders]
+    assert names[0] == names[1]
+
+
+def test_a_student_without_surrogates_is_told_before_anything_runs(run, tmp_path):
+    with pytest.raises(RecipeError, match="neurons of model_type 'spikelm' have no surrogate"):
+        run(into=tmp_path / "run", train={"surrogate_temperature": [2.0, 1.0]})
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 SILENT, SATURATED = 0.001, 0.9  # mean firing rates beyond these carry next to no information
 PATIENCE = 100  # steps that a rate has to stay there
-EVERY = 20  # steps between two looks
+EVERY = 50  # steps between two looks
 
 
 @dataclass

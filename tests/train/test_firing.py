@@ -25,7 +25,7 @@ def warnings(caplog):
     return lambda: [record.getMessage() for record in caplog.records if "firing rate" in record.getMessage()]
 
 
-def test_a_silent_student_is_noticed_once(run, warnings, tmp_path, stop_at, monkeypatch):
+def test_a_silent_student_is_noticed_once(run, trained, warnings, tmp_path, stop_at, monkeypatch):
     """And not again by the same run, resumed."""
     real, changes = Trainer._step, {"model": with_threshold(1e6), "train": LONG, "objectives": {"hidden_mse": 1.0}}
     stop_at(115)
@@ -107,7 +107,7 @@ def test_the_usual_cause_in_numbers(warnings):
 
 
 def test_a_look_is_due_every_few_steps():
-    assert [step for step in range(1, 62) if FiringWatch().due(step)] == [1, 21, 41, 61]
+    assert [step for step in range(1, 152) if FiringWatch().due(step)] == [1, 51, 101, 151]
 
 
 def test_it_warns_once(warnings):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snlp_zoo import cli_energy
+from snlp_zoo.cli_energy import JsonFlag
 from snlp_zoo.doctor import torchvision_mismatch
 from snlp_zoo.errors import BackendError, Interrupted, ProcessError, SnlpError
 
@@ -25,7 +26,6 @@ app = typer.Typer(
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub; main by default.")]
 VerifyFlag = Annotated[bool, typer.Option("--verify", help="Compare every file with the Hub's checksums.")]
 _SILENCE = 20  # seconds: rank 0 says a mistake that is everybody's, and the launcher ends this process meanwhile
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 app = typer.Typer()
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 ModelArgument = Annotated[str, typer.Argument(help="A saved folder, or a zoo entry (untrained: random weights).")]
 TextsOption = Annotated[list[str] | None, typer.Option("--text", help="A text to run; may be repeated.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="A .tsv, .csv, .jsonl or .txt file of texts to run.")]

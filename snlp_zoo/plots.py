@@ -131,7 +131,7 @@ def energy_breakdown(report: "EnergyReport") -> "Figure":
 
 
 def pareto_front(rows: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Accuracy against estimated energy per token; the best at each energy are joined.
+    """Accuracy against estimated energy per token; the best at each energy are outlined and joined.
 
     Args:
         rows, best: of `pareto.pareto` and `pareto.front`.
@@ -152,6 +152,7 @@ def pareto_front(rows: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, 
             s=[40 + 160 * row["ms_per_text"] / longest for row in some],
             marker=markers[threshold],
             color=colours[threshold],
+            edgecolors=["black" if row in best else "none" for row in some],
             label=f"threshold x {threshold:g}",
             zorder=2,
         )

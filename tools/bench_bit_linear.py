@@ -115,12 +115,12 @@ def time_linear(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str,
 def time_training(rows: int, inputs: int, outputs: int, repeats: int) -> list[float]:
     """Milliseconds of the forward in training, which packs spikes for its backward: in bfloat16, and where FP8 pays."""
     calls: list[list[Callable[[], torch.Tensor]]] = [[], []]
-    amplitude, scale = torch.ones(4, device="cuda"), torch.ones((), device="cuda")
+    amplitude = torch.ones(4, device="cuda")
     for _ in range(max(2, ROTATED // (2 * rows * (inputs + outputs)) + 1)):
         spikes = draw_spikes(rows, inputs, torch.bfloat16).requires_grad_()
         weight = quantise(torch.randn(outputs, inputs, device="cuda"), 1.58)[0].bfloat16().requires_grad_()
-        for into, given in zip(calls, (None, scale), strict=True):
-            into.append(lambda x=spikes, w=weight, s=given: spike_linear(x, amplitude, w, None, 2, s))
+        for into, low_bit in zip(calls, (False, True), strict=True):
+            into.append(lambda x=spikes, w=weight, b=low_bit: spike_linear(x, amplitude, w, None, 2, b))
     return [graph_time(some, repeats) for some in calls]
 
 

@@ -51,9 +51,8 @@ class SpikingLinear(BitLinear):
         spikes = self.neuron(x, from_rest=True, mask=mask)
         amplitude = self.neuron.alpha.detach().clamp_min(ALPHA_FLOOR)
         if self.bits == 32 or torch.is_grad_enabled() or product_dtype(x).itemsize < 4:
-            weight = self.quantised_weight()
-            scale = None if self.bits == 32 else weight.detach().abs().amax()
-            return spike_linear(spikes, amplitude, weight, self.bias, bits=2, scale=scale)
+            low_bit = self.bits != 32
+            return spike_linear(spikes, amplitude, self.quantised_weight(), self.bias, bits=2, low_bit=low_bit)
         signs, scale = quantise(self.weight, self.bits, centred_scale=self.centred_scale)
         y = linear(spikes.sign(), signs).mul_((amplitude * scale).view(-1, 1, 1, 1))
         return y if self.bias is None else y.add_(self.bias)

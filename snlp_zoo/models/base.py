@@ -227,18 +227,20 @@ class SpikingPreTrainedModel(PreTrainedModel):
 class SpikingEncoder(SpikingPreTrainedModel):
     """A text encoder with BERT's embeddings and pooler around spiking layers; subclasses set `self.layers`."""
 
+    embeddings_class: ClassVar[Any] = BertEmbeddings
+
     def __init__(self, config: SpikingConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.embeddings = BertEmbeddings(config)
+        self.embeddings = self.embeddings_class(config)
         if config.int8_embeddings:
             int8_tables(self.embeddings, filled=False)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.pooler: nn.Module | None = BertPooler(config) if add_pooling_layer else None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value  # type: ignore[assignment]
+        self.embeddings.word_embeddings = value
 
     def pool(self, x: Tensor, mask: Tensor) -> Tensor | None:
         """x [B, N, D] -> [B, D], from each text's first real token, wherever its padding is."""

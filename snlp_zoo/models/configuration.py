@@ -1,5 +1,6 @@
 """What the families' configurations share: fields, bounds, and the refusal of unknown names."""
 
+from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -96,6 +97,12 @@ class SpikingConfig(PreTrainedConfig):
         if (self.packed and self.weight_bits == 32) or (self.int8_embeddings and not self.packed):
             raise ValueError(f"{self.model_type}: packed needs weight_bits 1.58 or 1, and int8_embeddings needs packed")
         super().__post_init__(**kwargs)
+
+    def _require(self, name: str, allowed: Iterable[str]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(
+                f"{self.model_type}: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+            )
 
     def _refuse_unknown(self, others: dict[str, Any]) -> None:
         """Keys that are no fields, and values that would make transformers fetch code, run it, or fill the memory."""

@@ -34,10 +34,9 @@ class SpikeLMConfig(SpikingConfig):
     neuron_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
-        choices = {"reset": get_args(Reset), "alpha_mode": ALPHA_MODES, "neuron_backend": get_args(Backend)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"spikelm: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self._require("reset", get_args(Reset))
+        self._require("alpha_mode", ALPHA_MODES)
+        self._require("neuron_backend", get_args(Backend))
         if not (self.firing_k > 0 and 0 <= self.membrane_beta <= 1 and 0 <= self.alpha_momentum <= 1):
             raise ValueError(
                 "spikelm: firing_k must be positive, membrane_beta and alpha_momentum in [0, 1]; "

@@ -42,11 +42,8 @@ class SpikingBertConfig(SpikingConfig):
     neuron_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
-        for name, allowed in {"attention": ATTENTIONS, "neuron_backend": get_args(Backend)}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"spikingbert: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+        self._require("attention", ATTENTIONS)
+        self._require("neuron_backend", get_args(Backend))
         if not (self.v_threshold > 0 and 0 < self.leak <= 1 and 0 <= self.v_init < 1):
             raise ValueError(
                 "spikingbert: v_threshold must be positive, leak in (0, 1] and v_init in [0, 1); "

@@ -14,8 +14,8 @@ _FLOAT8_FAN = 4
 
 class _SpikeLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spikes, amplitude, weight, bias, bits, scale):
-        pays = scale is not None and len(weight) >= _FLOAT8_FAN * spikes.shape[-1]
+    def forward(ctx, spikes, amplitude, weight, bias, bits, low_bit):
+        pays = low_bit and len(weight) >= _FLOAT8_FAN * spikes.shape[-1]
         float8 = pays and sign_dtype(spikes, len(weight)) == FLOAT8
         # what no gradient asks for is not kept
         codes = pack(spikes, bits) if ctx.needs_input_grad[2] else None
@@ -25,6 +25,7 @@ class _SpikeLinear(torch.autograd.Function):
             return linear(spikes, weight, bias)
         # bytes are read and written in place of spikes: cheaper than to convert these
         signs = unpack(codes, torch.ones_like(amplitude), bits, spikes.shape, dtype=FLOAT8).flatten(0, -2)
+        scale = weight.abs().amax().float()
         y = sign_product(signs, weight.sign().to(FLOAT8), amplitude, scale, bias, spikes.dtype, "torch")
         return y.view(*spikes.shape[:-1], -1)
 
@@ -42,7 +43,7 @@ class _SpikeLinear(torch.autograd.Function):
 
 
 def spike_linear(
-    spikes: Tensor, amplitude: Tensor, weight: Tensor, bias: Tensor | None, bits: int, scale: Tensor | None = None
+    spikes: Tensor, amplitude: Tensor, weight: Tensor, bias: Tensor | None, bits: int, low_bit: bool = False
 ) -> Tensor:
     """y[t] = W s[t] + b, as `torch.nn.functional.linear`, for spikes that are 0 or plus or minus the step's amplitude.
 
@@ -51,8 +52,8 @@ def spike_linear(
         amplitude: a, [T]. Its own gradient is the neuron's: it arrives through the spikes.
         weight, bias: [out_features, in_features] and [out_features] or None.
         bits: 1 for binary, 2 for ternary spikes.
-        scale: of a weight that is -scale, 0 or scale everywhere; where FP8 pays (`sign_dtype`) signs are then summed,
-            exactly, and scaled. The gradients are those of the plain product.
+        low_bit: the weight is -c, 0 or c everywhere; where FP8 pays (`sign_dtype`) signs are then summed, exactly, and
+            scaled. The gradients are those of the plain product.
     Returns:
         [T, ..., out_features]; under autocast in its dtype.
     """
@@ -61,6 +62,6 @@ def spike_linear(
         dtype = torch.get_autocast_dtype(device)
         spikes, weight = spikes.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if scale is None and not torch.is_grad_enabled():  # nothing to keep for a backward
+    if not low_bit and not torch.is_grad_enabled():  # nothing to keep for a backward
         return linear(spikes, weight, bias)
-    return _SpikeLinear.apply(spikes, amplitude, weight, bias, bits, scale)
+    return _SpikeLinear.apply(spikes, amplitude, weight, bias, bits, low_bit)

@@ -117,7 +117,7 @@ def check_float8_product(device, dtype, rows, inputs, outputs):
     spikes, amplitude = draw((4, rows // 4, inputs), 2).to(device, dtype).requires_grad_(), AMPLITUDE[:4].to(device)
     scale, bias = torch.tensor(0.375, device=device), torch.randn(outputs, device=device, dtype=dtype)
     weight = (torch.randint(-1, 2, (outputs, inputs), device=device) * scale).to(dtype).requires_grad_()
-    y = spike_linear(spikes, amplitude, weight, bias, 2, scale)
+    y = spike_linear(spikes, amplitude, weight, bias, 2, low_bit=True)
     exact = linear(spikes.detach().double(), weight.detach().double(), bias.double())
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)

@@ -1,0 +1,197 @@
+"""SpikeBERT: a Spikformer encoder for text (Lv et al. 2023, arXiv:2308.15122).
+
+    ids -> embed -> binarise -> repeat over T -> [attention -> MLP] * L -> norm -> means over T and N -> head
+Every linear layer is followed by a norm and a neuron, so attention and MLP give spikes; the residual stream sums them:
+after l blocks its entries are whole numbers from 0 to 1 + 2 l. No softmax, no GELU. Real: norms, last norm, head.
+Differs from the authors' code: padding neither attends nor is pooled, and positions are learned, added before the
+embeddings become spikes; small embeddings to start with, so that their signs can change. `fidelity="released"` is
+theirs.
+Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py.
+"""
+
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import can_return_tuple
+
+from snlp_zoo.layers import Direct, LIFNode, make_linear, make_neuron
+from snlp_zoo.layers.attention import ATTENTIONS, MakeLinear, SpikingProjection, SpikingSelfAttention
+from snlp_zoo.layers.firing import firing_rates_recorded
+from snlp_zoo.layers.neurons import BaseNode
+from snlp_zoo.models.base import (
+    ForMaskedLM,
+    ForSequenceClassification,
+    SpikingEncoder,
+    SpikingModelOutput,
+    SpikingPreTrainedModel,
+)
+from snlp_zoo.models.configuration_spikebert import SpikeBertConfig
+
+
+def _linear(config: SpikeBertConfig) -> MakeLinear:
+    return partial(make_linear, bits=config.weight_bits, packed=config.packed)
+
+
+def _neuron(config: SpikeBertConfig, share: float) -> BaseNode:
+    """A neuron that fires at this share of the model's threshold."""
+    options: dict[str, Any] = {
+        "v_threshold": share * config.v_threshold,
+        "surrogate_function": config.surrogate,
+        "backend": config.neuron_backend,
+    }
+    tau = {"lif": "tau", "ternary": "tau", "plif": "init_tau"}.get(config.neuron)
+    return make_neuron(config.neuron, **options | ({tau: float(config.tau)} if tau else {}))
+
+
+def _projection(config: SpikeBertConfig, inputs: int, outputs: int) -> SpikingProjection:
+    return SpikingProjection(inputs, outputs, _linear(config), partial(_neuron, config), config.layer_norm_eps)
+
+
+class SpikeBertEmbeddings(nn.Module):
+    """Word and, unless switched off, position embeddings: the currents that become the first spikes."""
+
+    def __init__(self, config: SpikeBertConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size)
+        positions = nn.Embedding(config.max_position_embeddings, size) if config.use_position_embeddings else None
+        self.position_embeddings = positions
+
+    def forward(
+        self, input_ids: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        """ids [B, N] or embeddings [B, N, D] -> [B, N, D]; token types are not used."""
+        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        return x if self.position_embeddings is None else x + self.position_embeddings(position_ids)
+
+
+class SpikeBertMLP(nn.Module):
+    """Two projections to spikes, D -> F -> D."""
+
+    def __init__(self, config: SpikeBertConfig) -> None:
+        super().__init__()
+        self.up = _projection(config, config.hidden_size, config.intermediate_size)
+        self.down = _projection(config, config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+class SpikeBertBlock(GradientCheckpointingLayer):
+    def __init__(self, config: SpikeBertConfig) -> None:
+        super().__init__()
+        attention = ATTENTIONS[config.attention](config.num_attention_heads, partial(_neuron, config))
+        options = (_linear(config), partial(_neuron, config), config.layer_norm_eps)
+        self.attention = SpikingSelfAttention(config.hidden_size, attention, *options)
+        self.mlp = SpikeBertMLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, want_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Counts of spikes x [T, B, N, D], mask [B, N] -> the same, attention weights [T, B, H, N, N] if wanted."""
+        spikes, weights = self.attention(x, mask, want_weights)
+        x = x + spikes
+        return x + self.mlp(x), weights
+
+
+class MaskedMean(nn.Module):
+    """Mean over the tokens of each text."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, N, D], mask [B, N] -> [B, D]; zeros where there is no token."""
+        mask = mask.to(x.dtype).unsqueeze(-1)
+        return (x * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+
+class SpikeBertPreTrainedModel(SpikingPreTrainedModel):
+    config: SpikeBertConfig
+    base_model_prefix = "spikebert"
+    spike_driven = ("*layers.*",)  # modules whose every product has spikes on one side: a claim `energy` verifies
+    _no_split_modules = ["SpikeBertBlock"]  # noqa: RUF012  (an instance variable in transformers)
+    teacher_names: ClassVar[dict[str, str]] = {
+        "layers.{}.attention.query.linear": "encoder.layer.{}.attention.self.query",
+        "layers.{}.attention.key.linear": "encoder.layer.{}.attention.self.key",
+        "layers.{}.attention.value.linear": "encoder.layer.{}.attention.self.value",
+        "layers.{}.attention.output.linear": "encoder.layer.{}.attention.output.dense",
+        "layers.{}.mlp.up.linear": "encoder.layer.{}.intermediate.dense",
+        "layers.{}.mlp.down.linear": "encoder.layer.{}.output.dense",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            init.normal_(
+                module.weight, std=1.0 if self.config.fidelity == "released" else self.config.initializer_range
+            )
+        else:
+            super()._init_weights(module)
+
+
+class SpikeBertModel(SpikeBertPreTrainedModel, SpikingEncoder):
+    """The encoder without a head; pooler_output is the mean over real tokens."""
+
+    embeddings_class = SpikeBertEmbeddings
+
+    def __init__(self, config: SpikeBertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        self.pooler = MaskedMean() if add_pooling_layer else None
+        self.binarise = LIFNode(v_threshold=0.0, backend=config.neuron_backend)
+        self.binarise.tau = 1.0  # keeps nothing from step to step: a bare step at zero (its constructor refuses 1)
+        self.layers = nn.ModuleList(SpikeBertBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def pool(self, x: Tensor, mask: Tensor) -> Tensor | None:
+        """x [B, N, D] -> [B, D]."""
+        return None if self.pooler is None else self.pooler(x, mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_spike_rates: bool | None = None,
+    ) -> SpikingModelOutput:
+        """input_ids, attention_mask (1 for real tokens), token_type_ids [B, N] -> `SpikingModelOutput`.
+
+        attentions are what multiplies the values, counts times a factor and no probabilities; the last hidden state is
+        the only one that is normalised.
+        """
+        want_attentions, want_hidden, want_rates = self.wanted(
+            output_attentions, output_hidden_states, output_spike_rates
+        )
+        x, mask = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        coding = Direct(self.config.time_steps)
+        attending = None if self.config.fidelity == "released" else mask
+        hidden_states, attentions = [], []
+        with firing_rates_recorded(self, mask, want_rates) as rates:
+            x = self.binarise(coding.encode(x), from_rest=True)
+            for layer in self.layers:
+                if want_hidden:
+                    hidden_states.append(coding.decode(x))
+                x, weights = layer(x, attending, want_attentions)
+                if want_attentions:
+                    attentions.append(coding.decode(weights))
+        last = coding.decode(self.norm(x))
+        return SpikingModelOutput(
+            last_hidden_state=last,
+            pooler_output=self.pool(last, torch.ones_like(mask) if attending is None else mask),
+            hidden_states=(*hidden_states, last) if want_hidden else None,
+            attentions=tuple(attentions) if want_attentions else None,
+            **rates,
+        )
+
+
+class SpikeBertForSequenceClassification(SpikeBertPreTrainedModel, ForSequenceClassification):
+    encoder_class = SpikeBertModel
+
+
+class SpikeBertForMaskedLM(SpikeBertPreTrainedModel, ForMaskedLM):
+    encoder_class = SpikeBertModel

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -37,6 +38,18 @@ def layer_pairs(student_layers: int, teacher_layers: int, layer_map: LayerMap = 
     else:
         layers = list(layer_map)
     return list(enumerate(layers, start=1))
+
+
+def matched(outputs: Any, student_layers: int, layer_map: LayerMap) -> Any:
+    """A teacher's outputs with one hidden state, attention and score tensor for each of the student's layers, in place.
+
+    Objectives then compare layer i with layer i.
+    """
+    for name, first in (("hidden_states", 1), ("attentions", 0), ("attention_scores", 0)):  # embeddings come first
+        if theirs := getattr(outputs, name, None):
+            layers = [j - 1 + first for _, j in layer_pairs(student_layers, len(theirs) - first, layer_map)]
+            setattr(outputs, name, (*theirs[:first], *(theirs[layer] for layer in layers)))
+    return outputs
 
 
 class Projection(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snlp_zoo.distill.matching import LayerMap, layer_pairs
+from snlp_zoo.distill.matching import layer_pairs
 
 Outputs = Any  # a transformers ModelOutput, or anything with the attributes above
 Batch = Mapping[str, Tensor]
@@ -85,15 +85,13 @@ def cross_entropy(
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
 
 
-def hidden_mse(
-    student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch, *, layer_map: LayerMap = "spread"
-) -> Tensor:
+def hidden_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
     """Mean squared difference of hidden states, over real tokens, mean over student layers 1..L.
 
-    `matching.layer_pairs` says which teacher layer is whose; widths must agree (project with `matching.Projection`).
+    Student layers are matched to evenly spread teacher layers; widths must agree (project with `matching.Projection`).
     """
     student, teacher = student_outputs.hidden_states, teacher_outputs.hidden_states
-    pairs = layer_pairs(len(student) - 1, len(teacher) - 1, layer_map)
+    pairs = layer_pairs(len(student) - 1, len(teacher) - 1)
     return torch.stack([_state_mse(student[i], teacher[j], batch) for i, j in pairs]).mean()
 
 
@@ -111,28 +109,24 @@ def _state_mse(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
     return _mean_over_tokens((student.float() - teacher.float()).square().mean(-1), batch["attention_mask"])
 
 
-def attention_mse(
-    student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch, *, layer_map: LayerMap = "spread"
-) -> Tensor:
+def attention_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
     """Mean squared difference of attention probabilities over pairs of real tokens, mean over student layers.
 
     Where the numbers of heads differ, both sides are averaged over heads first.
     """
-    return _pair_mse(student_outputs.attentions, teacher_outputs.attentions, batch, layer_map)
+    return _pair_mse(student_outputs.attentions, teacher_outputs.attentions, batch)
 
 
-def attention_score_mse(
-    student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch, *, layer_map: LayerMap = "spread"
-) -> Tensor:
+def attention_score_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
     """`attention_mse` on the scores before mask and softmax, q k^T / sqrt(E)."""
-    return _pair_mse(student_outputs.attention_scores, teacher_outputs.attention_scores, batch, layer_map)
+    return _pair_mse(student_outputs.attention_scores, teacher_outputs.attention_scores, batch)
 
 
-def _pair_mse(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch: Batch, layer_map: LayerMap) -> Tensor:
+def _pair_mse(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch: Batch) -> Tensor:
     mask = batch["attention_mask"].bool()
     pairs = (mask.unsqueeze(1) & mask.unsqueeze(2)).unsqueeze(1)  # [B, 1, N, N]
     losses = []
-    for i, j in layer_pairs(len(student), len(teacher), layer_map):
+    for i, j in layer_pairs(len(student), len(teacher)):
         s, t = student[i - 1].float(), teacher[j - 1].float()
         if s.shape[1] != t.shape[1]:
             s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)

@@ -101,11 +101,11 @@ def sample(loader: DataLoader, device: torch.device) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def firing_rates(student: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
-    """Mean firing rate of a student on these texts, and that of each of its neurons' sites."""
+def firing_rates(student: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Firing rate of each of a student's neuron sites on these texts."""
     with _evaluating(student):
         output = student(**inputs, output_spike_rates=True)
-    return float(output.firing_rate), {site: float(rate.mean()) for site, rate in output.spike_rates.items()}
+    return {site: float(rate.mean()) for site, rate in output.spike_rates.items()}
 
 
 @torch.no_grad()

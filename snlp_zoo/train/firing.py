@@ -22,18 +22,25 @@ class FiringWatch:
         """Whether to look after this step (counted from 1): the same on every rank, whatever each has seen."""
         return step % EVERY == 1
 
-    def look(self, step: int, rate: float, sites: dict[str, float], config: Any) -> None:
-        """Warn if it is time to: `rate` is the mean over all sites, config the student's."""
+    def look(self, step: int, sites: dict[str, float], config: Any) -> None:
+        """Warn if it is time to.
+
+        Args:
+            sites: neuron site -> firing rate. Those inside layers count: neurons that code the input always fire.
+            config: the student's.
+        """
+        inside = {site: rate for site, rate in sites.items() if site.startswith("layers.")} or sites
+        rate = sum(inside.values()) / len(inside)
         state = _state(rate)
         if state != self.state:
             self.state, self.since = state, step
         if self.warned or not state or step - self.since < PATIENCE:
             return
         self.warned = True
-        names = [site for site, own in sites.items() if _state(own) == state]
+        names = [site for site, own in inside.items() if _state(own) == state]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         logger.warning(
-            f"the student's mean firing rate has been {'under 0.1' if state == 'silent' else 'over 90'} % for "
+            f"the mean firing rate in the student's layers has been {'under 0.1' if state == 'silent' else 'over 90'} % for "
             f"{step - self.since} steps, at step {step} it is {rate:.3%}; {state} are {', '.join(names[:3])}{more}. "
             + (_why_silent(config) if state == "silent" else _WHY_SATURATED)
         )

@@ -223,8 +223,8 @@ class Trainer:
         progress.step, progress.batch = progress.step + 1, progress.batch + batches
         progress.done = progress.step >= self.total_steps
         if self.sample and progress.firing.due(progress.step):
-            rate, sites = firing_rates(self.distiller.student, self.sample)
-            progress.firing.look(progress.step, rate, sites, self.distiller.student.config)
+            sites = firing_rates(self.distiller.student, self.sample)
+            progress.firing.look(progress.step, sites, self.distiller.student.config)
         if progress.step % settings.logging_steps == 0 or progress.done:
             self._log_losses(losses)
         if progress.step % self.eval_steps == 0 or progress.done:

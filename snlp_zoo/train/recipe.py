@@ -191,15 +191,6 @@ class Recipe(_Part):
         return self
 
 
-def objective_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Keyword options of every objective; the recipe's layer map serves those that match layers and name none."""
-    shared: dict[str, Any] = {"layer_map": recipe.layer_map}
-    return {
-        name: (shared if "layer_map" in OBJECTIVES[name].options() else {}) | (part.model_extra or {})
-        for name, part in recipe.objectives.items()
-    }
-
-
 def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
     """The resolved recipe of a zoo entry or of a YAML file.
 

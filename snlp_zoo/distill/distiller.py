@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from snlp_zoo.distill.matching import Projection, SharedProjection, attention_scores_recorded
+from snlp_zoo.distill.matching import LayerMap, Projection, SharedProjection, attention_scores_recorded, matched
 from snlp_zoo.distill.objectives import OBJECTIVES, count_units
 from snlp_zoo.errors import RecipeError
 
@@ -30,6 +30,7 @@ class Distiller(nn.Module):
         teacher: frozen here (evaluation mode, no gradients); None if no objective needs one.
         objectives: name in `OBJECTIVES` -> keyword options.
         projection: of hidden states to the teacher's width, `Projection` ("per_layer") or `SharedProjection`.
+        layer_map: which teacher layer each student layer learns from, see `matching.layer_pairs`.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class Distiller(nn.Module):
         teacher: PreTrainedModel | None,
         objectives: Mapping[str, dict[str, Any]],
         projection: Literal["per_layer", "shared"] = "per_layer",
+        layer_map: LayerMap = "spread",
     ) -> None:
         super().__init__()
+        self.layer_map = layer_map
         self.student = student
         self.objectives = {name: (OBJECTIVES[name], options) for name, options in objectives.items()}
         frozen = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
@@ -73,7 +76,8 @@ class Distiller(nn.Module):
         student = self.student(**inputs, **(self.wanted | more))
         if student.hidden_states is not None:
             student.hidden_states = self.projection(student.hidden_states)
-        teacher = self._teach(inputs) if self._teacher else None
+        depth = self.student.config.num_hidden_layers
+        teacher = matched(self._teach(inputs), depth, self.layer_map) if self._teacher else None
         if self.tables:
             student.embedding_table = _embedding_table(self.student)
         losses = [o.function(student, teacher, batch, **options) for o, options in self.objectives.values()]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -9,13 +10,46 @@ from transformers import PreTrainedModel
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.models.base import spread_layers
 
+LAYER_MAPS = ["spread", "skip"]
+LayerMap = str | list[int]  # one of these, or a teacher layer for each of the student's
 
-def layer_pairs(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+
+def layer_pairs(student_layers: int, teacher_layers: int, layer_map: LayerMap = "spread") -> list[tuple[int, int]]:
     """(student hidden state, teacher hidden state) for every student layer; 0 is the embedding output, 1 layer one.
 
-    Teacher layers are evenly spread and the last matches the last: 3 of 6 gives [(1, 2), (2, 4), (3, 6)].
+    Args:
+        layer_map: "spread", evenly and the last on the last: 3 of 6 gives [(1, 2), (2, 4), (3, 6)]; "skip", evenly and
+            the first on the first, as SpikeBERT was released: [(1, 1), (2, 3), (3, 5)]; or the teacher's layer for each
+            of the student's. A student deeper than its teacher has neighbours that share one.
+    Raises:
+        RecipeError: unknown name, not a layer for each of the student's, or no such layer of the teacher.
     """
-    return [(i + 1, j + 1) for i, j in enumerate(spread_layers(student_layers, teacher_layers))]
+    if layer_map == "spread":
+        layers = [layer + 1 for layer in spread_layers(student_layers, teacher_layers)]
+    elif layer_map == "skip":
+        layers = [i * teacher_layers // student_layers + 1 for i in range(student_layers)]
+    elif isinstance(layer_map, str) or not all(isinstance(layer, int) for layer in layer_map):
+        raise RecipeError(f"layer_map is {layer_map!r}; use 'spread', 'skip', or a list of the teacher's layers")
+    elif len(layer_map) != student_layers or not all(1 <= layer <= teacher_layers for layer in layer_map):
+        raise RecipeError(
+            f"layer_map {list(layer_map)} must name one of the teacher's layers 1 to {teacher_layers} for each of the "
+            f"student's {student_layers}; use 'spread' or 'skip' for any depth"
+        )
+    else:
+        layers = list(layer_map)
+    return list(enumerate(layers, start=1))
+
+
+def matched(outputs: Any, student_layers: int, layer_map: LayerMap) -> Any:
+    """A teacher's outputs with one hidden state, attention and score tensor for each of the student's layers, in place.
+
+    Objectives then compare layer i with layer i.
+    """
+    for name, first in (("hidden_states", 1), ("attentions", 0), ("attention_scores", 0)):  # embeddings come first
+        if theirs := getattr(outputs, name, None):
+            layers = [j - 1 + first for _, j in layer_pairs(student_layers, len(theirs) - first, layer_map)]
+            setattr(outputs, name, (*theirs[:first], *(theirs[layer] for layer in layers)))
+    return outputs
 
 
 class Projection(nn.Module):

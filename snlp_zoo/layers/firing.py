@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snlp_zoo.layers.neurons import BaseNode
+from snlp_zoo.layers.neurons import BaseNode, ElasticBiSpike, _translate
 
 
 class _Fired(torch.autograd.Function):
@@ -95,3 +95,29 @@ def firing_rates_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) ->
         for handle in handles:
             handle.remove()
     result |= rates.result()
+
+
+@contextmanager
+def effective_domain_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) -> Iterator[dict[str, Tensor]]:
+    """During one forward of `net`: module name -> share of membranes whose surrogate gradient is not negligible."""
+    result: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable:
+        def hook(module: Any, inputs: tuple, spikes: Tensor) -> None:
+            h = inputs[0][0]  # the first step's, from rest
+            if isinstance(module, ElasticBiSpike):
+                inside = h.abs() <= module.alpha[0]
+            else:
+                z, derivative = h - module.v_threshold, _translate(module.surrogate_function).derivative
+                inside = derivative(z) >= 0.01 * derivative(torch.zeros_like(z[:1, :1]))
+            result[name] = inside[mask.bool()].float().mean()
+
+        return hook
+
+    nodes = [(name, module) for name, module in net.named_modules() if isinstance(module, BaseNode)] if enabled else []
+    handles = [module.register_forward_hook(record(name)) for name, module in nodes]
+    try:
+        yield result
+    finally:
+        for handle in handles:
+            handle.remove()

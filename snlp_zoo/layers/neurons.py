@@ -367,6 +367,13 @@ def _spread(values: Tensor, into: list[Tensor]) -> None:
     torch._foreach_copy_(into, values.to(into[0].dtype).split([len(x) for x in into]))
 
 
+def set_surrogate_temperature(net: nn.Module, value: float) -> None:
+    """Widen the surrogate of every neuron below `net` by this factor."""
+    for module in net.modules():
+        if isinstance(module, _LIFBase):
+            module.surrogate_temperature = value
+
+
 _NEURONS: dict[str, Callable[..., neuron.BaseNode]] = {
     "lif": LIFNode,
     "if": IFNode,

@@ -72,7 +72,7 @@ def load_data(part: DataPart, tokenizer: PreTrainedTokenizerBase) -> Data:
     Raises:
         DataError: they cannot be read, or do not fit the tokenizer.
     """
-    options = part.model_dump(exclude={"source", "max_length"})
+    options = part.model_dump(exclude={"source", "max_length", "augment"})
     if part.label is None:
         for key in ("label", "label_names", "test_size"):
             del options[key]

@@ -8,13 +8,12 @@ Everything that decides the next step lies in the checkpoint, so a resumed run c
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.state import AcceleratorState, PartialState
@@ -22,8 +21,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
-    gather_object,
-    send_to_device,
     set_seed,
     tqdm,
 )
@@ -32,18 +29,28 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.errors import CheckpointError, DataError, Interrupted, RecipeError
+from snlp_zoo.layers.neurons import set_surrogate_temperature
 from snlp_zoo.train.checkpoints import Checkpoints
+from snlp_zoo.train.evaluation import (
+    effective_domain,
+    evaluate,
+    evaluate_losses,
+    firing_rates,
+    never_empty,
+    own_rows,
+    sample,
+)
 from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
-from snlp_zoo.train.metrics import score
+from snlp_zoo.train.firing import FiringWatch
 from snlp_zoo.train.processes import StopSignals
 from snlp_zoo.train.recipe import TrainPart
+from snlp_zoo.train.schedules import Schedule, value_at
 
 Weights = dict[str, Tensor]
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
@@ -77,79 +84,7 @@ class Progress:
     best_step: int = 0
     evaluations_since_best: int = 0
     done: bool = False
-
-
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoader, label: str) -> dict[str, float]:
-    """Scores of a model over a loader of global batches, and its firing rate if it spikes. Equal on every rank.
-
-    Args:
-        model: unwrapped; its training mode is restored.
-        label: what the progress bar says.
-    """
-    was_training = model.training
-    model.eval()
-    spikes = {"output_spike_rates": True} if hasattr(model.config, "time_steps") else {}
-    rows: list[tuple[int, np.ndarray, Any]] = []  # example number, logits, label
-    fired: list[tuple[float, int]] = []  # firing rate and tokens of a batch
-    for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
-        batch = _own_rows(accelerator, whole)
-        inputs = _never_empty(batch, whole)
-        output = model(**{k: inputs[k] for k in _INPUTS if k in inputs}, **spikes)
-        if len(batch["index"]):
-            columns = (batch["index"].tolist(), output.logits.float().cpu().numpy(), batch["labels"].cpu().numpy())
-            rows += zip(*columns, strict=True)
-            if spikes:
-                fired.append((float(output.firing_rate), int(batch["attention_mask"].sum())))
-    model.train(was_training)
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
-    scores = score(np.stack([row[1] for row in rows]), np.stack([row[2] for row in rows]))
-    if spikes:
-        fired = gather_object(fired)
-        scores["firing_rate"] = sum(rate * tokens for rate, tokens in fired) / sum(tokens for _, tokens in fired)
-    return scores
-
-
-@torch.no_grad()
-def evaluate_losses(
-    accelerator: Accelerator, distiller: Distiller, loader: DataLoader, weights: Tensor, label: str
-) -> dict[str, float]:
-    """`evaluate` for a student without a head, by its distance from the teacher.
-
-    Returns:
-        negative_loss (minus the weighted sum, so that more is better), every objective's mean over all batches,
-        firing_rate. Equal on every rank.
-    """
-    was_training = distiller.training
-    distiller.eval()
-    sums: list[tuple[Tensor, Tensor, float, int]] = []  # losses times units, units, firing rate times tokens, tokens
-    for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
-        batch = _own_rows(accelerator, whole)
-        losses, rate = distiller.losses_and_rate(_never_empty(batch, whole), output_spike_rates=True)
-        if len(batch["index"]):
-            units, tokens = distiller.counts(batch).double(), int(batch["attention_mask"].sum())
-            sums.append(((losses.double() * units).cpu(), units.cpu(), float(rate) * tokens, tokens))
-    distiller.train(was_training)
-    losses, units, fired, tokens = (sum(column) for column in zip(*gather_object(sums), strict=True))
-    means = (losses / units.clamp_min(1)).tolist()
-    negative = -sum(weight * mean for weight, mean in zip(weights.tolist(), means, strict=True))
-    terms = dict(zip(distiller.objectives, means, strict=True))
-    return {"negative_loss": negative, **terms, "firing_rate": fired / tokens}
-
-
-def _own_rows(accelerator: Accelerator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This process's rows of a global batch. All are padded alike, so processes round alike, whatever their number."""
-    size, rank, processes = len(batch["index"]), accelerator.process_index, accelerator.num_processes
-    own = slice(size * rank // processes, size * (rank + 1) // processes)
-    return send_to_device({key: value[own] for key, value in batch.items()}, accelerator.device)
-
-
-def _never_empty(batch: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A process without rows takes part with one that is all padding: the others wait for its sums and its shards."""
-    if len(batch["index"]):
-        return batch
-    stand_in = {key: whole[key][:1].to(value.device) for key, value in batch.items()}
-    return stand_in | {"attention_mask": torch.zeros_like(stand_in["attention_mask"])}
+    firing: FiringWatch = field(default_factory=FiringWatch)
 
 
 class Trainer:
@@ -157,7 +92,8 @@ class Trainer:
 
     Args:
         loaders: global batches for training and validation; every process takes its rows of each.
-        weights: objective name -> weight, in the distiller's order.
+        weights: objective name -> weight, in the distiller's order. Like the surrogates' temperature a weight may
+            change from the first step of all epochs to the last; validation always takes those of the end.
         folder: `metrics.jsonl`, `checkpoints/` and the best `model/` go here (rank 0 writes).
         save_model: writes the student into a folder, from its weights and those of its projection.
     """
@@ -168,7 +104,7 @@ class Trainer:
         distiller: Distiller,
         loaders: tuple[DataLoader, DataLoader],
         settings: TrainPart,
-        weights: dict[str, float],
+        weights: dict[str, float | Schedule],
         folder: Path,
         save_model: Callable[[Path, Weights, Weights], None],
     ) -> None:
@@ -188,11 +124,15 @@ class Trainer:
         self.loader, self.eval_loader = loaders
         self.distiller: Distiller = accelerator.unwrap_model(self.module)
         register_fsdp_forward_method(self.distiller, "losses_and_rate")  # does nothing without FSDP2
+        spikes = hasattr(distiller.student.config, "time_steps")  # a teacher does not
+        self.sample = sample(self.eval_loader, accelerator.device) if spikes else None
         self.checkpoints = Checkpoints(accelerator, self.module, folder / "checkpoints", settings)
         self.stop = StopSignals(accelerator.num_processes)
-        self.weights = torch.tensor(list(weights.values()), device=accelerator.device)
+        self.weights = torch.zeros(len(weights), device=accelerator.device)  # of the step in progress
+        self.scheduled = [settings.surrogate_temperature, *weights.values()]
+        self.values: list[float] = []  # of all that is scheduled, at the step in progress
         per_epoch = -(-len(self.loader) // settings.gradient_accumulation_steps)
-        planned = per_epoch * settings.epochs
+        self.planned = planned = per_epoch * settings.epochs
         self.total_steps = min(settings.max_steps or planned, planned)
         self.eval_steps, self.save_steps = settings.eval_steps or per_epoch, settings.save_steps or per_epoch
         warmup = round(settings.warmup_ratio * planned)
@@ -249,15 +189,16 @@ class Trainer:
     def _step(self, window: list[dict[str, Tensor]]) -> Tensor:
         """One optimiser step over the batches of an accumulation window; the objectives' global means [objectives]."""
         self.module.train()
+        self._follow_schedules()
         totals = torch.stack([self.distiller.counts(batch) for batch in window]).sum(0).to(self.weights.device)
         means = torch.zeros_like(self.weights)
         for i, whole in enumerate(window):
-            batch = _own_rows(self.accelerator, whole)
+            batch = own_rows(self.accelerator, whole)
             # a mean of unequal ranks' means is not the mean: each micro-batch counts by its share of the whole
             share = self.distiller.counts(batch) / totals.clamp_min(1)
             with _no_sync(self.accelerator, self.module, i < len(window) - 1):
                 with self.accelerator.autocast():  # FSDP2 alone does not have it already
-                    losses = self.module(_never_empty(batch, whole)) * share
+                    losses = self.module(never_empty(batch, whole)) * share
                 # gradients are averaged over ranks, the shares already add up to one
                 self.accelerator.backward((losses * self.weights).sum() * self.accelerator.num_processes)
             means += losses.detach()
@@ -267,10 +208,23 @@ class Trainer:
         self.optimizer.zero_grad()
         return means
 
+    def _follow_schedules(self) -> None:
+        """Weights and temperature of this step; set where they change only, a compiled student would compile again."""
+        progress = self.progress.step / max(self.planned - 1, 1)
+        values = [value_at(scheduled, progress) for scheduled in self.scheduled]
+        if values[1:] != self.values[1:]:
+            self.weights = torch.tensor(values[1:], device=self.accelerator.device)
+        if values[:1] != self.values[:1]:
+            set_surrogate_temperature(self.distiller.student, values[0])
+        self.values = values
+
     def _after_step(self, losses: Tensor, batches: int) -> None:
         progress, settings = self.progress, self.settings
         progress.step, progress.batch = progress.step + 1, progress.batch + batches
         progress.done = progress.step >= self.total_steps
+        if self.sample and progress.firing.due(progress.step):
+            sites = firing_rates(self.distiller.student, self.sample)
+            progress.firing.look(progress.step, sites, self.distiller.student.config)
         if progress.step % settings.logging_steps == 0 or progress.done:
             self._log_losses(losses)
         if progress.step % self.eval_steps == 0 or progress.done:
@@ -299,10 +253,13 @@ class Trainer:
         progress = self.progress
         student = self.distiller.student
         if student.base_model is student:  # no head, no predictions
-            scores = evaluate_losses(self.accelerator, self.distiller, self.eval_loader, self.weights, "validate")
+            weights = [value_at(weight, 1.0) for weight in self.scheduled[1:]]
+            scores = evaluate_losses(self.accelerator, self.distiller, self.eval_loader, weights, "validate")
         else:
             scores = evaluate(self.accelerator, student, self.eval_loader, "validate")
-        self._write({"step": progress.step, "split": "validation", **scores})
+        domain = effective_domain(student, self.sample) if self.sample else {}
+        more = {"effective_domain": domain} if domain else {}
+        self._write({"step": progress.step, "split": "validation", **scores, **more})
         metric = next(iter(scores.values()))
         if progress.best is None or metric > progress.best:
             progress.best, progress.best_step, progress.evaluations_since_best = metric, progress.step, 0
@@ -325,7 +282,9 @@ class Trainer:
                 raise CheckpointError(f"cannot write {self.folder / 'metrics.jsonl'}: {error}") from error
 
         self._on_main(append)
-        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, row["step"])
+        domain = {f"effective_domain/{site}": share for site, share in row.get("effective_domain", {}).items()}
+        values = {name: value for name, value in (row | domain).items() if isinstance(value, float)}
+        self.accelerator.log(values, row["step"])
 
     def _on_main(self, action: Callable[[], None]) -> None:
         if self.accelerator.is_main_process:
@@ -344,7 +303,8 @@ class Trainer:
         self._on_main(lambda: recover_folder(self.folder / "model"))
 
         def take(state: dict[str, Any]) -> None:
-            self.progress = Progress(**state["progress"])
+            progress = state["progress"]
+            self.progress = Progress(**progress | {"firing": FiringWatch(**progress.get("firing", {}))})
             self.scheduler.load_state_dict(state["scheduler"])
 
         self.checkpoints.load(take)

@@ -14,8 +14,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from snlp_zoo import registry
+from snlp_zoo.distill.matching import LAYER_MAPS
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
+from snlp_zoo.train.schedules import Schedule, Scheduled, value_at
 
 
 class _Part(BaseModel):
@@ -28,6 +30,14 @@ class ModelPart(_Part):
     model_type: str
     config: dict[str, Any] = {}
     init_from: str = "teacher"  # or "scratch", or a saved student: weights are copied where names and shapes allow
+
+
+class AugmentPart(_Part):
+    """Altered copies of the training texts; see `data.augment`."""
+
+    copies: int = Field(4, ge=1, le=100)
+    probability: float = Field(0.4, gt=0, le=1)  # that a word is replaced
+    candidates: int = Field(15, ge=1, le=1000)  # nearest words to draw from
 
 
 _OneOrMore = str | Annotated[list[str], Field(min_length=1)]
@@ -46,7 +56,8 @@ class DataPart(_Part):
     train_size: int | None = Field(None, ge=1)  # seeded subset; None takes all
     validation_size: int | None = Field(None, ge=1)
     test_size: int | None = Field(None, ge=1)
-    seed: int = 0  # of the splits and subsets
+    seed: int = 0  # of the splits, the subsets and the altered copies
+    augment: AugmentPart | None = None  # of the student's training split alone
 
 
 class TrainPart(_Part):
@@ -63,6 +74,7 @@ class TrainPart(_Part):
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: float = Field(1.0, gt=0)
+    surrogate_temperature: Scheduled = 1.0  # widens every neuron's surrogate by this factor
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     freeze_embeddings: bool = False
     logging_steps: int = Field(10, ge=1)
@@ -72,6 +84,13 @@ class TrainPart(_Part):
     early_stopping_patience: int | None = Field(None, ge=1)  # evaluations without a better one
     seed: int = 0
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets what metrics.jsonl gets
+
+    @field_validator("surrogate_temperature")
+    @classmethod
+    def _positive(cls, temperature: float | Schedule) -> float | Schedule:
+        if not min(value_at(temperature, 0.0), value_at(temperature, 1.0)) > 0:
+            raise RecipeError("train.surrogate_temperature: a surrogate of no width has no gradient; stay above 0")
+        return temperature
 
     @field_validator("tracker")
     @classmethod
@@ -93,19 +112,19 @@ class TeacherPart(_Part):
 
 
 class ObjectivePart(_Part):
-    """Weight and options of one objective; a bare number is its weight."""
+    """Weight and options of one objective; a bare number or pair is its weight."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    weight: float = Field(1.0, ge=0)
+    weight: Scheduled = 1.0
 
     @model_validator(mode="before")
     @classmethod
-    def _from_number(cls, value: Any) -> Any:
-        return {"weight": value} if isinstance(value, int | float) else value
+    def _from_weight(cls, value: Any) -> Any:
+        return {"weight": value} if isinstance(value, int | float | list) else value
 
 
-STAGE_KEYS = ("model", "data", "teacher", "objectives", "projection", "train")
+STAGE_KEYS = ("model", "data", "teacher", "objectives", "projection", "layer_map", "train")
 
 
 class Recipe(_Part):
@@ -117,9 +136,17 @@ class Recipe(_Part):
     teacher: TeacherPart
     objectives: dict[str, ObjectivePart] = {}
     projection: Literal["per_layer", "shared"] = "per_layer"  # of hidden states to the teacher's width
+    layer_map: str | list[int] = "spread"  # `distill.matching.layer_pairs`
     train: TrainPart = TrainPart()
     baseline: bool = True  # bag-of-words logistic regression beside the student
     stages: list[dict[str, Any]] = []  # each: name, and any of STAGE_KEYS, merged over the above
+
+    @field_validator("layer_map")
+    @classmethod
+    def _known_layer_map(cls, layer_map: str | list[int]) -> str | list[int]:
+        if isinstance(layer_map, str) and layer_map not in LAYER_MAPS:
+            raise registry.unknown("layer_map", layer_map, LAYER_MAPS)
+        return layer_map
 
     @field_validator("stages")
     @classmethod
@@ -140,6 +167,8 @@ class Recipe(_Part):
             return self  # each of them is checked with what it changes
         if not self.objectives:
             raise RecipeError(f"objectives: name at least 1 of {', '.join(OBJECTIVES)}")
+        if not any(value_at(part.weight, 1.0) > 0 for part in self.objectives.values()):
+            raise RecipeError("objectives: every weight ends at 0, so nothing tells which student is best; keep one up")
         if self.data.label is None:
             states = [name for name, objective in OBJECTIVES.items() if not objective.needs_labels]
             if wrong := [name for name in self.objectives if name not in states and name in OBJECTIVES]:

@@ -17,14 +17,15 @@ from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.train.checkpoints import started_with
+from snlp_zoo.train.evaluation import evaluate
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
 from snlp_zoo.train.job import Job, load_data, status
-from snlp_zoo.train.loop import Progress, Trainer, Weights, evaluate, make_accelerator
+from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
 from snlp_zoo.train.metrics import bag_of_words_baseline
 from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
 from snlp_zoo.train.student import load_projection, make_student, save_projection, student_config
-from snlp_zoo.train.teacher import check_attention_scores, load_tokenizer, prepare_teacher
+from snlp_zoo.train.teacher import augmented, check_attention_scores, check_layer_map, load_tokenizer, prepare_teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -103,7 +104,7 @@ def _read_job(
     accelerator: "Accelerator", recipe: Recipe, folder: Path, resume: bool, before: dict[Path, Job | None]
 ) -> Job:
     def source(other: Recipe) -> tuple[Any, ...]:
-        return other.data, other.teacher.name, other.teacher.revision
+        return other.data.model_copy(update={"augment": None}), other.teacher.name, other.teacher.revision
 
     same = next((job for job in before.values() if job and source(job.recipe) == source(recipe)), None)
     if same:  # stages often share their texts
@@ -115,7 +116,8 @@ def _read_job(
         job = Job(accelerator, recipe, tokenizer, data, folder, resume)
     if job.labelled:
         _check_objectives(recipe, job.data.label_names)
-    student_config(recipe, job.tokenizer, job.data.label_names)
+    config = student_config(recipe, job.tokenizer, job.data.label_names)
+    check_layer_map(recipe, config.num_hidden_layers)
     if "attention_score_mse" in recipe.objectives:
         check_attention_scores(recipe.teacher)
     start = recipe.model.init_from
@@ -153,15 +155,18 @@ def _train_job(job: Job, started: float) -> dict[str, Any]:
     teacher = prepare_teacher(job)
     set_seed(recipe.train.seed)
     student = make_student(recipe, config, teacher)
-    progress = _train(job, student, teacher)
+    progress = _train(augmented(job), student, teacher)
     best = registry.load(job.folder / "model").to(accelerator.device)
-    scores = _test_scores(job, best, teacher) if job.labelled else _validation_scores(job, progress)
+    validation = _validation_row(job, progress)
+    domain = validation.pop("effective_domain", None)
+    scores = _test_scores(job, best, teacher) if job.labelled else _validation_scores(job, validation)
     return {
         "name": recipe.name,
         **scores,
         "parameters": best.num_parameters(),
         "teacher_parameters": teacher.num_parameters(),
         "time_steps": best.config.time_steps,
+        **({"effective_domain": domain} if domain else {}),
         "seconds": round(time.monotonic() - started, 1),
         "path": str(job.folder / "model"),
     }
@@ -213,7 +218,8 @@ def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> Prog
     recipe, settings = job.recipe, job.recipe.train
     needs_teacher = any(OBJECTIVES[name].needs_teacher for name in recipe.objectives)
     options = {name: dict(part.model_extra or {}) for name, part in recipe.objectives.items()}
-    distiller = Distiller(student, teacher if needs_teacher else None, options, recipe.projection)
+    frozen = teacher if needs_teacher else None
+    distiller = Distiller(student, frozen, options, recipe.projection, recipe.layer_map)
     job.tokenizer.model_max_length = recipe.data.max_length
 
     load_projection(distiller.projection, recipe.model.init_from)
@@ -250,13 +256,16 @@ def _test_scores(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -
     return {"test_examples": len(data.test), **named, "firing_rate": firing_rate}
 
 
-def _validation_scores(job: Job, progress: Progress) -> dict[str, Any]:
-    """What the best student reached on validation: without its projection, which is no part of it, it has no loss."""
+def _validation_row(job: Job, progress: Progress) -> dict[str, Any]:
+    """What was logged of the best student."""
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    row = next(row for row in rows if row["step"] == progress.best_step and "split" in row)
-    firing_rate = row.pop("firing_rate")
-    named = {f"student_{key}": value for key, value in row.items() if key not in ("step", "split")}
-    return {"validation_examples": len(job.data.validation), **named, "firing_rate": firing_rate}
+    return next((row for row in rows if row["step"] == progress.best_step and "split" in row), {})
+
+
+def _validation_scores(job: Job, row: dict[str, Any]) -> dict[str, Any]:
+    """What the best student reached on validation: without its projection, which is no part of it, it has no loss."""
+    named = {f"student_{key}": value for key, value in row.items() if key not in ("step", "split", "firing_rate")}
+    return {"validation_examples": len(job.data.validation), **named, "firing_rate": row["firing_rate"]}
 
 
 def _joined(texts: TextSet) -> list[str]:

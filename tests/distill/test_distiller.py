@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from snlp_zoo.distill.distiller import Distiller, gives_attention_scores
-from snlp_zoo.distill.matching import Projection, SharedProjection
+from snlp_zoo.distill.matching import Projection, SharedProjection, attention_scores_recorded
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.models.modeling_spikelm import SpikeLMModel
 from snlp_zoo.registry import build
@@ -45,6 +45,22 @@ def teacher():
 def batch():
     ids = torch.randint(1, 30, (4, 6))
     return {"input_ids": ids, "attention_mask": torch.tensor([[1] * 6, [1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])}
+
+
+@pytest.mark.parametrize(("layer_map", "layers"), [("spread", [2, 4]), ("skip", [1, 3]), ([4, 1], [4, 1])])
+def test_layers_learn_from_the_layers_of_the_map(teacher, batch, layer_map, layers):
+    student, objectives = Scores(), {"hidden_mse": {}, "attention_score_mse": {}}
+    losses = Distiller(student, teacher, objectives, layer_map=layer_map)(batch)
+    inputs = batch["input_ids"], batch["attention_mask"]
+    ours = student(*inputs, output_hidden_states=True, output_attention_scores=True)
+    with torch.no_grad(), attention_scores_recorded(teacher) as scores:
+        states = teacher(*inputs, output_hidden_states=True).hidden_states
+    mask = batch["attention_mask"].bool()
+    hidden = [(ours.hidden_states[0] - states[layer])[mask].square().mean() for layer in layers]
+    torch.testing.assert_close(losses[0], sum(hidden) / 2)
+    pairs = (mask[:, :, None] & mask[:, None, :])[:, None].expand(-1, 2, -1, -1)
+    wrong = [(ours.attention_scores[0] - scores[layer - 1])[pairs].square().mean() for layer in layers]
+    torch.testing.assert_close(losses[1], sum(wrong) / 2)
 
 
 @pytest.mark.parametrize("heads", [2, 4])

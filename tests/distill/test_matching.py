@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
@@ -7,6 +9,7 @@ from snlp_zoo.distill.matching import (
     SharedProjection,
     attention_scores_recorded,
     layer_pairs,
+    matched,
     score_projections,
 )
 from snlp_zoo.errors import RecipeError
@@ -27,6 +30,47 @@ def test_layer_pairs_by_hand(student, teacher, expected):
     assert layer_pairs(student, teacher) == expected
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "layer_map", "layers"),
+    [
+        (6, 12, "skip", [1, 3, 5, 7, 9, 11]),  # SpikeBERT as released: hidden_states[1:][::2]
+        (3, 12, "skip", [1, 5, 9]),
+        (12, 12, "skip", list(range(1, 13))),
+        (5, 12, "skip", [1, 3, 5, 8, 10]),
+        (6, 3, "skip", [1, 1, 2, 2, 3, 3]),
+        (6, 3, "spread", [1, 1, 1, 2, 2, 3]),
+        (3, 6, [6, 1, 1], [6, 1, 1]),
+    ],
+)
+def test_layer_maps_by_hand(student, teacher, layer_map, layers):
+    assert layer_pairs(student, teacher, layer_map) == [(i + 1, layer) for i, layer in enumerate(layers)]
+
+
+@pytest.mark.parametrize("student", range(1, 13))
+@pytest.mark.parametrize("teacher", range(1, 13))
+def test_any_depth_skips_in_any_depth(student, teacher):
+    layers = [j for _, j in layer_pairs(student, teacher, "skip")]
+    assert layers == sorted(layers)
+    assert (len(layers), layers[0]) == (student, 1)
+    assert layers[-1] <= teacher
+    assert len(set(layers)) == min(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "message"),
+    [
+        ([1, 2], r"layer_map \[1, 2\] must name one of the teacher's layers 1 to 6 for each of the student's 3"),
+        ([1, 2, 7], r"\[1, 2, 7\].* 1 to 6"),
+        ([0, 1, 2], r"\[0, 1, 2\].* 1 to 6"),
+        ([1, 2, "3"], "use 'spread', 'skip', or a list"),
+        ("every", "layer_map is 'every'; use 'spread', 'skip'"),
+    ],
+)
+def test_no_such_layer_map(layer_map, message):
+    with pytest.raises(RecipeError, match=message):
+        layer_pairs(3, 6, layer_map)
+
+
 @pytest.mark.parametrize("student", range(1, 13))
 @pytest.mark.parametrize("teacher", range(1, 13))
 def test_any_depth_learns_from_any_depth(student, teacher):
@@ -37,6 +81,36 @@ def test_any_depth_learns_from_any_depth(student, teacher):
     assert 1 <= layers[0] <= layers[-1] == teacher
     if student <= teacher:
         assert len(set(layers)) == student
+
+
+def outputs(layers):
+    """Every state, attention and score tensor holds the number of its layer; the embeddings are 0."""
+    states = tuple(torch.tensor(float(i)) for i in range(layers + 1))
+    return SimpleNamespace(hidden_states=states, attentions=states[1:], attention_scores=states[1:], logits=3)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layer_map", "layers"),
+    [
+        (3, 6, "spread", [2, 4, 6]),
+        (3, 6, "skip", [1, 3, 5]),
+        (4, 2, "spread", [1, 1, 1, 2]),
+        (4, 2, "skip", [1, 1, 2, 2]),
+        (2, 3, [3, 1], [3, 1]),
+    ],
+)
+def test_a_teacher_s_outputs_are_matched(student, teacher, layer_map, layers):
+    got = matched(outputs(teacher), student, layer_map)
+    assert [int(x) for x in got.hidden_states] == [0, *layers]
+    assert [int(x) for x in got.attentions] == [int(x) for x in got.attention_scores] == layers
+    assert got.logits == 3
+    assert [j for _, j in layer_pairs(student, len(got.attentions))] == list(range(1, student + 1))  # layer on layer
+
+
+def test_what_a_teacher_does_not_give_is_left_out():
+    assert matched(SimpleNamespace(hidden_states=None, logits=1), 3, "skip") == SimpleNamespace(
+        hidden_states=None, logits=1
+    )
 
 
 def test_equal_widths_need_no_parameters():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import snlp_zoo
 from snlp_zoo.distill.distiller import Distiller
-from snlp_zoo.train.loop import _never_empty
+from snlp_zoo.train.evaluation import never_empty
 
 # Rounding of summed gradients flips a first spike sooner or later; small steps keep such a difference small.
 SETTINGS = {"learning_rate": 2e-4}
@@ -244,11 +244,11 @@ def test_a_row_of_padding_gives_finite_losses_and_gradients(entry):
     student, teacher = (snlp_zoo.build(entry) for _ in range(2))
     distiller = Distiller(student.train(), teacher, {name: {} for name in objectives})
     assert distiller.counts(none).tolist() == [0, 0, 0, 0]
-    losses = distiller(_never_empty(none, whole))
+    losses = distiller(never_empty(none, whole))
     losses.sum().backward()
     assert losses.isfinite().all()
     assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
-    assert _never_empty(whole, whole) is whole
+    assert never_empty(whole, whole) is whole
 
 
 @pytest.mark.slow

@@ -111,7 +111,8 @@ def test_general_distillation_scores_by_its_loss(finished, metrics):
     assert [row["step"] for row in rows] == [3, 6, 7]
     for row in rows:
         assert list(row)[:3] == ["step", "split", "negative_loss"]  # the third decides which student is best
-        assert set(row) - {"step", "split"} == {"negative_loss", "hidden_mse", "embedding_mse", "firing_rate"}
+        scores = {"negative_loss", "hidden_mse", "embedding_mse", "firing_rate", "effective_domain"}
+        assert set(row) - {"step", "split"} == scores
         assert row["negative_loss"] == pytest.approx(-(row["hidden_mse"] + 0.5 * row["embedding_mse"]), abs=1e-6)
         assert 0 < row["firing_rate"] < 1
     best = max(rows, key=lambda row: row["negative_loss"])

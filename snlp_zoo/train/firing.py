@@ -39,9 +39,10 @@ class FiringWatch:
         self.warned = True
         names = [site for site, own in inside.items() if _state(own) == state]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        beyond = "under 0.1 %" if state == "silent" else "over 90 %"
         logger.warning(
-            f"the mean firing rate in the student's layers has been {'under 0.1' if state == 'silent' else 'over 90'} % for "
-            f"{step - self.since} steps, at step {step} it is {rate:.3%}; {state} are {', '.join(names[:3])}{more}. "
+            f"the mean firing rate in the student's layers has been {beyond} for {step - self.since} "
+            f"steps, at step {step} it is {rate:.3%}; {state} are {', '.join(names[:3])}{more}. "
             + (_why_silent(config) if state == "silent" else _WHY_SATURATED)
         )
 

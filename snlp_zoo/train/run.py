@@ -193,7 +193,7 @@ def _recipe_to_resume(recipe: Recipe, folder: Path, overrides: list[str] | None)
 
 
 def _check_objectives(recipe: Recipe, label_names: list[str] | None) -> None:
-    divergences = [name for name in recipe.objectives if name.endswith("_kl")]
+    divergences = [n for n in recipe.objectives if OBJECTIVES[n].unit == "logit" and n != "logit_mse"]
     if label_names is None and divergences:
         raise RecipeError(f"{divergences[0]} compares classes, and the labels are numbers; use logit_mse instead")
 

@@ -45,7 +45,11 @@ def test_a_silent_student_is_noticed_once(run, trained, warnings, tmp_path, stop
 
 def test_tau_large_against_t_is_the_cause_that_is_told(run, warnings):
     """SpikeBERT with the tau of its pre-training script and the T of its fine-tuning script."""
-    model = {"model_type": "spikebert", "init_from": "scratch", "config": {"time_steps": 4, "tau": 10.0}}
+    model = {
+        "model_type": "spikebert",
+        "init_from": "scratch",
+        "config": {"time_steps": 4, "tau": 10.0, "num_hidden_layers": 1},
+    }
     _, summary = run(model=model, train=LONG | {"learning_rate": 1e-6})
     assert summary["firing_rate"] > 1e-3  # that of embeddings as spikes is one half
     (said,) = warnings()

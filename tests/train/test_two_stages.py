@@ -49,11 +49,17 @@ def test_the_paper_s_weights(two_stages, tmp_path):
     assert {name: part.weight for name, part in task.objectives.items()} == WEIGHTS
 
 
-@pytest.mark.parametrize(("width", "depth", "layer_map"), [(32, 3, "skip"), (16, 1, [1]), (16, 4, "spread")], ids=str)
-def test_any_depth_and_width_learns(two_stages, metrics, tmp_path, width, depth, layer_map):
+@pytest.mark.parametrize(
+    ("family", "width", "depth", "layer_map"),
+    [("spikebert", 32, 3, "skip"), ("spikelm", 16, 1, [1]), ("spikingbert", 16, 4, "spread")],
+    ids=str,
+)
+def test_any_depth_and_width_learns(two_stages, metrics, tmp_path, family, width, depth, layer_map):
     model = {"hidden_size": width, "num_hidden_layers": depth}
     recipe = two_stages(model=model, layer_map=layer_map, task={"train": SHORT | {"max_steps": 4}})
-    summary = distill(recipe, output_dir=tmp_path / "run", overrides=["model.init_from=scratch"])
+    summary = distill(
+        recipe, output_dir=tmp_path / "run", overrides=["model.init_from=scratch", f"model.model_type={family}"]
+    )
     general, task = ([row for row in metrics(tmp_path / "run" / folder) if "loss" in row] for folder in FOLDERS)
     for name in ("hidden_mse", "embedding_mse"):
         assert general[-1][name] < general[0][name]

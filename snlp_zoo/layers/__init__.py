@@ -2,7 +2,8 @@
 
 from snlp_zoo.layers.bispike import SpikingLinear
 from snlp_zoo.layers.coding import Direct
-from snlp_zoo.layers.neurons import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, make_neuron
+from snlp_zoo.layers.folding import fold_amplitude
+from snlp_zoo.layers.neurons import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, TernaryLIFNode, make_neuron
 from snlp_zoo.layers.quant import BitLinear, make_linear, pack
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "LIFNode",
     "ParametricLIFNode",
     "SpikingLinear",
+    "TernaryLIFNode",
+    "fold_amplitude",
     "make_linear",
     "make_neuron",
     "pack",

@@ -213,7 +213,7 @@ def test_single_step_network_equals_multi_step():
 
 
 @pytest.mark.parametrize(
-    ("kind", "node_class"), [("lif", LIFNode), ("if", IFNode), ("plif", ParametricLIFNode), ("ternary", ElasticBiSpike)]
+    ("kind", "node_class"), [("lif", LIFNode), ("if", IFNode), ("plif", ParametricLIFNode), ("elastic", ElasticBiSpike)]
 )
 def test_make_neuron(kind, node_class):
     assert type(make_neuron(kind)) is node_class

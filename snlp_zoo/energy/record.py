@@ -74,6 +74,6 @@ def _window(node: Any) -> float | None:
     if isinstance(node, TernaryLIFNode):
         return None  # there are two, around either threshold
     surrogate, distance = node.effective_surrogate(), torch.linspace(0, 20, 20001)
-    slope = replace(surrogate, alpha=float(surrogate.alpha)).derivative(distance)
+    slope = replace(surrogate, alpha=torch.as_tensor(surrogate.alpha).item()).derivative(distance)
     steep = distance[slope >= 0.1 * slope.max()].max().item()
     return steep / node.v_threshold if steep < 20 else None

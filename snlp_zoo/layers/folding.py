@@ -79,11 +79,13 @@ class _Following(TorchDispatchMode):
         if not (found := [self.spikes[x] for x in given if x in self.spikes]):
             return out
         name = func._schema.name.partition("::")[2]
+        if name.startswith("new_") or name.endswith("_like"):  # of their shape, not of their values
+            return out
         nodes = frozenset[str]().union(*(spikes.nodes for spikes in found))
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         real = [x for x in (*given, *results) if x.is_floating_point()]
         if name not in _MOVES or len(real) != len(found) + len(results):
-            self.refuse(nodes, f"{name} in {self.path[-1] or self.root}")
+            self.refuse(nodes, f"feeds {name} in {self.path[-1] or self.root}")
             return out
         along = tree_map(
             lambda x: self.spikes[x].amplitude if isinstance(x, Tensor) and x in self.spikes else x, (args, kwargs)
@@ -149,7 +151,7 @@ def _follow(model: nn.Module, amplitudes: dict[str, Tensor], batch: dict[str, An
             handle.remove()
     for x in tree_leaves(out):
         if isinstance(x, Tensor) and x in following.spikes:
-            following.refuse(following.spikes[x].nodes, "the model's output")
+            following.refuse(following.spikes[x].nodes, "is the model's output")
     return following
 
 
@@ -200,13 +202,13 @@ def _amplitudes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str
     found, problems = {}, {}
     for name, node in model.named_modules():
         if isinstance(node, ElasticBiSpike) and (node.alpha != 1).any():
-            problems[name] = ["its thresholds, which are its amplitudes"]
+            problems[name] = ["its amplitudes are its thresholds too"]
         elif isinstance(node, TernaryLIFNode) and (node.amplitude != 1).any():
             steps = node.amplitude.detach() if node.time_steps else node.amplitude.detach().unsqueeze(0)
             if torch.equal(steps, steps[:1].expand_as(steps)):
                 found[name] = steps[0]
             else:
-                problems[name] = ["time steps with other amplitudes"]
+                problems[name] = ["its amplitudes differ between time steps"]
     return found, problems
 
 
@@ -242,14 +244,14 @@ def fold_amplitude(model: AnyModule, **batch: Any) -> AnyModule:
         elsewhere = id(layer.weight) in following.outside or owners[id(layer.weight)] > 1
         if reason := _obstacle(layer, inputs, elsewhere):
             for spikes in filter(None, inputs):
-                following.refuse(spikes.nodes, f"{names[layer]}, {reason}")
+                following.refuse(spikes.nodes, f"feeds {names[layer]}, {reason}")
     reached = {name for inputs in fed.values() for spikes in filter(None, inputs) for name in spikes.nodes}
     for name, reasons in following.problems.items():
         if reasons or name not in reached:
-            problems[name] = reasons or ["nothing: no linear layer gets its spikes"]
+            problems[name] = reasons or ["feeds no linear layer"]
     if problems:
-        listed = "; ".join(f"{name} (by {', by '.join(reasons)})" for name, reasons in problems.items())
-        raise FoldError(f"amplitudes cannot be folded exactly, nothing was changed. Stopped: {listed}")
+        listed = "; ".join(f"{name} {', and '.join(reasons)}" for name, reasons in problems.items())
+        raise FoldError(f"amplitudes cannot be folded exactly, and none was: {listed}")
     for layer, inputs in fed.items():
         _absorb(layer, _rows(inputs)[0])
     for name in amplitudes:

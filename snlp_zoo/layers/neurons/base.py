@@ -129,7 +129,8 @@ class Surrogated(ExplicitState):
 def set_surrogate_temperature(net: nn.Module, value: float) -> None:
     """Divide the steepness of every surrogate below `net` by `value`: above 1 wider, and less steep.
 
-    The straight-through "ste" has no width; the temperature lowers its height.
+    The straight-through "ste" has no width; the temperature lowers its height. `torch.compile` takes a learned
+    steepness at any temperature, but compiles one that is a number anew for every temperature (and gives up after 8).
 
     Raises:
         ValueError: value is not positive and finite.

@@ -1,5 +1,7 @@
 """What an amplitude costs, and that folding it away costs nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from snlp_zoo.energy import estimate, verify_spikes
 from snlp_zoo.energy.record import record
 from snlp_zoo.energy.report import count
 from snlp_zoo.layers import TernaryLIFNode, fold_amplitude
+from snlp_zoo.pareto import varied
 
 T, N, D, M = 3, 5, 8, 6
 BATCH = {"input_ids": torch.arange(5, 5 + N).unsqueeze(0)}
@@ -91,6 +94,15 @@ def test_a_neuron_that_gives_something_else_is_found_out(amplitude):
     net.node.register_forward_hook(lambda _, __, spikes: spikes + 0.1 * torch.rand_like(spikes))
     found = verify_spikes(net, BATCH)
     assert found.failures["node"].startswith("declared ternary {-a, 0, a}, but")
+
+
+def test_a_swept_threshold_moves_both_and_leaves_amplitudes():
+    net = Net(v_threshold_negative=0.3, amplitude=0.7)
+    net.config = SimpleNamespace(time_steps=T)
+    made = varied(net, T, 2.0)
+    assert made.node.thresholds() == (0.2, 0.6)
+    assert made.node.amplitude.item() == net.node.amplitude.item()
+    assert net.node.thresholds() == (0.1, 0.3)
 
 
 def test_recorded_membranes_are_in_units_of_the_threshold_of_their_sign_and_channel():

@@ -4,7 +4,7 @@ from torch import nn
 
 import snlp_zoo
 from snlp_zoo.layers import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, TernaryLIFNode
-from snlp_zoo.layers.firing import effective_domain_recorded, firing_rates_recorded
+from snlp_zoo.layers.firing import effective_domain_recorded, firing_rates_recorded, membranes_watched
 from snlp_zoo.layers.neurons import set_surrogate_temperature
 
 
@@ -88,6 +88,23 @@ def test_effective_domain_of_elastic_bispike():
     node = ElasticBiSpike(1).eval()
     node.alpha.fill_(2.0)
     assert domain(node, torch.tensor([1.9, -1.9, 2.1, -2.1, 0.0]).view(1, 1, 5)) == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_membranes_of_elastic_bispike_are_those_that_fired(dtype):
+    node = ElasticBiSpike(4).eval()
+    node.alpha.copy_(torch.tensor([0.5, 3.0, 1.0, 2.0]))
+    current = (torch.randn(4, 2, 3, 5) * 2).to(dtype)
+    seen = []
+    with membranes_watched(node, lambda *call: seen.append(call)):
+        node(current[:1])
+        node(current[1:])
+    spikes, membranes = (torch.cat([call[i] for call in seen]) for i in (2, 3))
+    assert [call[4] for call in seen] == [0, 1]  # the step each call began with
+    alpha = node.alpha.view(4, 1, 1, 1)
+    assert torch.equal(spikes != 0, membranes.abs() > alpha / 2)
+    inside = torch.cat([node.reached(call[3], call[4]) for call in seen])
+    assert torch.equal(inside, membranes.abs() <= alpha)
 
 
 def test_effective_domain_over_time_sees_the_resets():

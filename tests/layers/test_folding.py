@@ -176,6 +176,14 @@ def weight_in_the_open(toy, x, s):
     return toy.out(s) + x @ toy.out.weight.mT
 
 
+def joined_with_real(toy, x, s):
+    return toy.out(torch.cat([s[..., :3], x[..., 3:]], -1))
+
+
+def as_integers(toy, x, s):
+    return toy.out(s.long().to(x.dtype))
+
+
 def another_neuron(toy, x, s):
     return toy.out(toy.second(s, from_rest=True))
 
@@ -192,6 +200,8 @@ def another_neuron(toy, x, s):
         (several_channels, "node feeds out, whose inputs have several amplitudes"),
         (also_real, "node feeds out, which gets other inputs too"),
         (weight_in_the_open, "node feeds out, whose weight is used elsewhere, or computed"),
+        (joined_with_real, "node feeds cat in Toy"),
+        (as_integers, "node feeds _to_copy in Toy"),
         (another_neuron, "node feeds sub in second"),
     ],
 )

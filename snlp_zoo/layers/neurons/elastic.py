@@ -112,8 +112,8 @@ class ElasticBiSpike(ExplicitState, neuron.BaseNode):
     @torch.no_grad()
     def membranes(self, current: Tensor, v: Tensor | None, step: int = 0) -> Tensor:
         charged = []
-        for t, x in enumerate(current, step):
-            charged.append(x.float() if v is None else v + x)
+        for t, x in enumerate(current.to(torch.promote_types(current.dtype, torch.float32)), step):
+            charged.append(x if v is None else v + x)
             alpha = self.alpha[t % self.time_steps].view(1)
             _, v = elastic_bispike(x.unsqueeze(0), v, alpha, beta=self.beta, reset=self.reset_kind)
         return torch.stack(charged)

@@ -25,21 +25,9 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 # the same values in another order or float dtype
 _MOVES = {
-    *("view", "_unsafe_view", "_reshape_alias", "alias", "detach", "t", "transpose", "permute", "expand", "unsqueeze"),
-    *(
-        "squeeze",
-        "select",
-        "slice",
-        "unbind",
-        "split",
-        "split_with_sizes",
-        "clone",
-        "_to_copy",
-        "cat",
-        "stack",
-        "repeat",
-    ),
-    *("index", "index_select"),
+    *("view", "_unsafe_view", "_reshape_alias", "alias", "detach", "t", "transpose", "permute", "expand", "repeat"),
+    *("squeeze", "unsqueeze", "select", "slice", "unbind", "split", "split_with_sizes", "index", "index_select"),
+    *("clone", "_to_copy", "cat", "stack"),
 }
 
 
@@ -99,9 +87,8 @@ class _Following(TorchDispatchMode):
             self.path.append(name)
             if _is_linear(module):
                 self.linear += 1
-                self.inputs.setdefault(cast(nn.Linear, module), []).append(
-                    self.spikes.get([*args, *kwargs.values()][0])
-                )
+                given = [*args, *kwargs.values()][0]
+                self.inputs.setdefault(cast(nn.Linear, module), []).append(self.spikes.get(given))
 
         return hook
 

@@ -328,7 +328,7 @@ def test_example_inputs_are_asked_for():
 
 
 def test_a_transformers_model_needs_no_example():
-    """SpikingBERT's up neuron feeds one linear layer; made ternary, it folds without any inputs given."""
+    """SpikeLM with ternary neurons before its last layers; amplitudes of 1 are left elsewhere."""
     model = snlp_zoo.build("spikelm_tiny")
     torch.manual_seed(0)
     for layer in model.base_model.layers:

@@ -43,3 +43,7 @@ class ConvergenceError(SnlpError, ArithmeticError):
 
 class EnergyError(SnlpError, ValueError):
     """An energy estimate cannot be made: nothing spikes, an operation has no price, spikes are none, a cost is bad."""
+
+
+class FoldError(SnlpError, ValueError):
+    """An amplitude cannot be absorbed into weights exactly."""

@@ -40,6 +40,8 @@ def varied(model: PreTrainedModel, time_steps: int, threshold: float = 1.0) -> P
             node.magnitude, node.time_steps = node.magnitude[kept], time_steps
         elif isinstance(node, BaseNode):
             node.v_threshold *= threshold
+            if getattr(node, "v_threshold_negative", None) is not None:
+                node.v_threshold_negative *= threshold
     return made
 
 

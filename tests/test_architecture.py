@@ -31,7 +31,7 @@ MODELS_SHARE = [
 
 # Third party -> the only files that import it.
 DOORS = {
-    "spikingjelly": ["layers/neurons.py", "energy/*", "bench.py"],
+    "spikingjelly": ["layers/neurons/*", "energy/*", "bench.py"],
     "triton": ["ops/*/triton.py"],
     "cupy": ["ops/*/cupy.py"],
     "accelerate": ["train/loop.py", "train/checkpoints.py", "train/evaluation.py"],

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from snlp_zoo.energy import prices
-from snlp_zoo.energy.kinds import Tag, contradiction, declared_kind, step_amplitudes
+from snlp_zoo.energy.kinds import Tag, contradiction, declared_kind, spikes_tag
 from snlp_zoo.energy.matmul import Product, product
 from snlp_zoo.errors import EnergyError
 from snlp_zoo.ops.bit_linear import unpack_weight
@@ -291,7 +291,7 @@ class Counting(BaseCounter):
         name, kind = self.names[node], declared_kind(node)
         if node.step_mode != "m":
             raise EnergyError(f"{name}: step_mode is 's'; energy is counted over T at once, use step_mode='m'")
-        tag = Tag(kind, name, None if kind in ("binary", "integer") else step_amplitudes(spikes), timed=True)
+        tag = spikes_tag(node, name, spikes)
         if problem := contradiction(spikes, tag, by_step=True):
             self.problems.setdefault(name, problem)
         leaks = not isinstance(node, neuron.IFNode) and getattr(node, "beta", 1) != 0

@@ -2,6 +2,9 @@
 
     binary {0, 1}   scaled {0, a}   ternary {-a, 0, a}   integer (sums of spikes)   lowbit {-a, 0, a} weights   real
 
+Amplitudes that differ between channels cannot be applied after a product: such spikes are real numbers to it, and a
+product with them takes multiplications, until `layers.fold_amplitude` makes them 1.
+
 An all-zero tensor, or a real one that happens to hold zeros and ones, is what its producer says it is.
 """
 
@@ -43,6 +46,21 @@ class Tag:
 def declared_kind(node: nn.Module) -> str:
     """The alphabet a neuron declares: its `spike_kind`, else SpikingJelly's own, else binary."""
     return getattr(node, "spike_kind", None) or _FOREIGN.get(type(node), "binary")
+
+
+def spikes_tag(node: nn.Module, name: str, spikes: Tensor) -> Tag:
+    """What a neuron says of its output, [T, ...]; its amplitudes are the largest magnitudes of each step."""
+    kind = declared_kind(node)
+    if kind in ("binary", "integer"):
+        return Tag(kind, name, timed=True)
+    amplitude = getattr(node, "amplitude", None)
+    if amplitude is None:
+        return Tag(kind, name, step_amplitudes(spikes), timed=True)
+    if (amplitude == 1).all():
+        return Tag(kind, name, timed=True)
+    if node.channels and (amplitude != amplitude[..., :1]).any():
+        return Tag("real", name, timed=True)
+    return Tag(kind, name, step_amplitudes(spikes), timed=True)
 
 
 def step_amplitudes(spikes: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from snlp_zoo.layers.coding import (
     Unary,
     make_coding,
 )
-from snlp_zoo.layers.neurons import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, make_neuron
+from snlp_zoo.layers.folding import fold_amplitude
+from snlp_zoo.layers.neurons import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, TernaryLIFNode, make_neuron
 from snlp_zoo.layers.quant import BitLinear, make_linear, pack
 
 __all__ = [
@@ -39,8 +40,10 @@ __all__ = [
     "SpikingLinear",
     "SpikingSelfAttention",
     "SpikingformerSelfAttention",
+    "TernaryLIFNode",
     "TimeToFirstSpike",
     "Unary",
+    "fold_amplitude",
     "make_attention",
     "make_coding",
     "make_linear",

@@ -1,12 +1,13 @@
 """A neuron that fires by chance."""
 
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from snlp_zoo.layers.neurons import BaseNode
+from snlp_zoo.layers.neurons import ExplicitState
 from snlp_zoo.ops import lif
+from snlp_zoo.ops.lif import lif_membranes
 
 # Multiples of these, 1 / g and 1 / g^2 with g^3 = g + 1, spread evenly over the unit interval (Roberts 2018, R2).
 _BY_TOKEN, _BY_CHANNEL = 0.7548776662, 0.5698402910
@@ -22,7 +23,7 @@ def _with_gradient(spikes: Tensor, p: Tensor) -> Tensor:
     return spikes + (p - p.detach())  # adds exactly 0
 
 
-class BernoulliNode(BaseNode):
+class BernoulliNode(ExplicitState):
     """Spikes {0, 1} with the probability that comes in, p in [0, 1]; the gradient is that of the expectation p.
 
     Where it draws, every element of every step has a random number of its own. Where it does not, p is integrated, with
@@ -47,35 +48,36 @@ class BernoulliNode(BaseNode):
     def drawing(self) -> bool:
         return self.draws == "always" or (self.draws == "training" and self.training)
 
-    def _tau(self) -> float:
-        return float("inf")
-
-    def forward(self, p: Tensor, from_rest: bool = False, counts: Tensor | None = None) -> Tensor:
-        """p [T, ..., channels] (step mode "s": without T) -> spikes, of the same shape; `from_rest` as in `neurons`.
+    def run(
+        self, p: Tensor, v: Tensor | None, carry_out: bool = True, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """p [T, ..., channels], v [..., channels] above the starting potential -> spikes, v.
 
         counts: the number of each token in its text, [B, N, 1], for its starting potential.
         """
-        return self._fire(p, 0.0, counts)[0] if from_rest else super().forward(p)
-
-    def multi_step_functional_forward(self, inputs, states, **kwargs):
-        spikes, v = self._fire(inputs[0], states[0])
-        return (spikes,), (v, *states[1:])
-
-    def single_step_functional_forward(self, inputs, states, **kwargs):
-        spikes, v = self._fire(inputs[0].unsqueeze(0), states[0])
-        return (spikes.squeeze(0),), (v, *states[1:])
-
-    @torch.no_grad()
-    def start(self, p: Tensor, counts: Tensor | None) -> Tensor:
-        """Potentials before step 0, of the shape of p without T."""
-        channels = torch.arange(p.shape[-1], device=p.device) * _BY_CHANNEL
-        phase = channels if counts is None else channels + counts * _BY_TOKEN
-        return (phase.frac() * self.v_threshold).expand(p.shape[1:])
-
-    def _fire(self, p: Tensor, v: Tensor | float, counts: Tensor | None = None) -> tuple[Tensor, Tensor | float]:
         if self.drawing:
             return draw(p / self.v_threshold), v
         with torch.no_grad():
             start = self.start(p, counts)
-            out = lif(p, v + start, tau=float("inf"), v_threshold=self.v_threshold, v_reset=None, decay_input=False)
-        return _with_gradient(out.spikes, p), cast(Tensor, out.v) - start
+            out = lif(p, start if v is None else v + start, **self._dynamics(), carry_out=carry_out)
+        return _with_gradient(out.spikes, p), None if out.v is None else out.v - start
+
+    def multi_step_functional_forward(self, inputs, states, **kwargs):
+        spikes, v = self.run(inputs[0], states[0])
+        return (spikes,), (v, *states[1:])
+
+    @torch.no_grad()
+    def start(self, current: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Potentials before step 0, of the shape of current without T."""
+        channels = torch.arange(current.shape[-1], device=current.device) * _BY_CHANNEL
+        phase = channels if counts is None else channels + counts * _BY_TOKEN
+        return (phase.frac() * self.v_threshold).expand(current.shape[1:])
+
+    def membranes(self, current: Tensor, v: Tensor | None, step: int = 0) -> Tensor:
+        return lif_membranes(current, v, **self._dynamics())
+
+    def reached(self, membranes: Tensor, step: int = 0) -> Tensor:
+        return torch.ones_like(membranes, dtype=torch.bool)  # the gradient of an expectation passes everywhere
+
+    def _dynamics(self) -> dict[str, Any]:
+        return {"tau": float("inf"), "v_threshold": self.v_threshold, "v_reset": None, "decay_input": False}

@@ -1,4 +1,4 @@
-"""How often neurons fire, measured where it happens."""
+"""How often neurons fire, and how many of them their surrogates can teach, measured where it happens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snlp_zoo.layers.neurons import BaseNode, ElasticBiSpike, _translate
+from snlp_zoo.layers.neurons import BaseNode, ExplicitState
+
+Receive = Callable[[str, ExplicitState, Tensor, Tensor, int], None]
 
 
 class _Fired(torch.autograd.Function):
@@ -49,6 +51,10 @@ class FiringRates:
         """spikes [T, B, N, D]: the site's next steps, none of them negative if unsigned; mask [B, N]."""
         self._fired.setdefault(site, []).append(_Fired.apply(spikes, mask, unsigned))
         self._slots.setdefault(site, []).append((mask.sum() * spikes.shape[-1]).expand(len(spikes)))
+
+    def shares(self) -> dict[str, Tensor]:
+        """site -> share of neurons that fired, over all steps, without axes."""
+        return {site: torch.cat(self._fired[site]).sum() / torch.cat(self._slots[site]).sum() for site in self._fired}
 
     def result(self) -> dict[str, Any]:
         """spike_rates: site -> [T], share of neurons that fired at each step; firing_rate: that share over all."""
@@ -98,26 +104,69 @@ def firing_rates_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) ->
 
 
 @contextmanager
-def effective_domain_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) -> Iterator[dict[str, Tensor]]:
-    """During one forward of `net`: module name -> share of membranes whose surrogate gradient is not negligible."""
-    result: dict[str, Tensor] = {}
+def membranes_watched(net: nn.Module, receive: Receive) -> Iterator[None]:
+    """After every call of a neuron below `net`: receive(name, neuron, spikes, membranes, first time step).
 
-    def record(name: str) -> Callable:
-        def hook(module: Any, inputs: tuple, spikes: Tensor) -> None:
-            h = inputs[0][0]  # the first step's, from rest
-            if isinstance(module, ElasticBiSpike):
-                inside = h.abs() <= module.alpha[0]
-            else:
-                z, derivative = h - module.v_threshold, _translate(module.surrogate_function).derivative
-                inside = derivative(z) >= 0.01 * derivative(torch.zeros_like(z[:1, :1]))
-            result[name] = inside[mask.bool()].float().mean()
+    Kernels keep membranes in registers, so these are computed anew, by the reference and without gradient.
+
+    Raises:
+        ValueError: a neuron runs single steps: it does not know T.
+    """
+    thread = None if torch.compiler.is_compiling() else get_ident()
+    starts: dict[nn.Module, tuple[Tensor | None, int]] = {}
+
+    def before(node: Any, inputs: tuple, kwargs: dict) -> None:
+        at_rest, state = kwargs.get("from_rest"), kwargs.get("state")
+        kept = node.v if isinstance(node.v, Tensor) and node.v.shape == inputs[0].shape[1:] else None
+        resting = node.start(inputs[0], kwargs.get("counts")) if at_rest else None
+        v = resting if at_rest else kept if state is None else state.get(node)
+        starts[node] = v, 0 if at_rest else getattr(node, "step", 0)
+
+    def after(name: str) -> Callable:
+        def hook(node: ExplicitState, inputs: tuple, spikes: Tensor) -> None:
+            if thread is not None and get_ident() != thread:  # another thread's forward through the same model
+                return
+            if node.step_mode != "m":
+                raise ValueError(f"{name}: membranes are watched over T at once, but step_mode is 's'; use 'm'")
+            v, step = starts[node]
+            receive(name, node, spikes, node.membranes(inputs[0].detach(), v, step), step)
 
         return hook
 
-    nodes = [(name, module) for name, module in net.named_modules() if isinstance(module, BaseNode)] if enabled else []
-    handles = [module.register_forward_hook(record(name)) for name, module in nodes]
+    nodes = [(name, module) for name, module in net.named_modules() if isinstance(module, ExplicitState)]
+    handles = [node.register_forward_pre_hook(before, with_kwargs=True) for _, node in nodes]
+    handles += [node.register_forward_hook(after(name)) for name, node in nodes]
     try:
-        yield result
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def effective_domain_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) -> Iterator[dict[str, Tensor]]:
+    """During one forward of `net`, measure how many of its membranes a surrogate gradient reaches, on real tokens.
+
+    A membrane counts where the surrogate's derivative, at the nearer threshold, is at least 1 % of its peak
+    (`layers.neurons.NEGLIGIBLE` says why); of elastic bi-spike, where the straight-through gradient passes. For the
+    surrogate "ste" the share is 1 by definition. Temperature and learned steepness are those of the moment.
+
+    Args:
+        mask: attention_mask, [B, N]; the neurons see [T, B, N, D].
+    Yields:
+        A dictionary, filled on leaving: module name -> share, without axes. It stays empty unless enabled.
+    Raises:
+        ValueError: as `membranes_watched`.
+    """
+    result: dict[str, Tensor] = {}
+    if not enabled:
+        yield result
+        return
+    rates = FiringRates()
+
+    def receive(name: str, node: ExplicitState, spikes: Tensor, membranes: Tensor, step: int) -> None:
+        rates.add(name, node.reached(membranes, step), mask)
+
+    with membranes_watched(net, receive):
+        yield result
+    result |= rates.shares()

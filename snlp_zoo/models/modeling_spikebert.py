@@ -41,6 +41,7 @@ def _neuron(config: SpikeBertConfig, share: float) -> BaseNode:
     options: dict[str, Any] = {
         "v_threshold": share * config.v_threshold,
         "surrogate_function": config.surrogate,
+        "learnable_surrogate": config.learnable_surrogate,
         "backend": config.neuron_backend,
     }
     tau = {"lif": "tau", "ternary": "tau", "plif": "init_tau"}.get(config.neuron)

@@ -3,5 +3,6 @@
 from snlp_zoo.ops.bispike import BiSpikeOutput, elastic_bispike
 from snlp_zoo.ops.lif import LIFOutput, lif
 from snlp_zoo.ops.surrogates import SURROGATES, Surrogate
+from snlp_zoo.ops.ternary_lif import ternary_lif
 
-__all__ = ["SURROGATES", "BiSpikeOutput", "LIFOutput", "Surrogate", "elastic_bispike", "lif"]
+__all__ = ["SURROGATES", "BiSpikeOutput", "LIFOutput", "Surrogate", "elastic_bispike", "lif", "ternary_lif"]

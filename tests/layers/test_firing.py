@@ -5,8 +5,10 @@ import torch
 from spikingjelly.activation_based import functional
 from torch import nn
 
-from snlp_zoo.layers import ElasticBiSpike, IFNode, LIFNode
-from snlp_zoo.layers.firing import firing_rates_recorded
+import snlp_zoo
+from snlp_zoo.layers import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, TernaryLIFNode
+from snlp_zoo.layers.firing import effective_domain_recorded, firing_rates_recorded, membranes_watched
+from snlp_zoo.layers.neurons import set_surrogate_temperature
 from snlp_zoo.registry import build
 
 
@@ -111,3 +113,129 @@ def test_rates_learn_through_a_model_whose_layers_are_computed_again():
     torch.testing.assert_close(ours, theirs)
     assert all(ours[f"spikelm.layers.{layer}.attention.query.weight"].any() for layer in range(2))
     assert all(grad.isfinite().all() for grad in ours.values())
+
+
+def domain(node, membranes, mask=None):
+    """The effective domain of a node without a leak that gets these membranes at its one step, [B, N, D]."""
+    with effective_domain_recorded(
+        nn.Sequential(node), torch.ones(membranes.shape[:2]) if mask is None else mask
+    ) as seen:
+        node(membranes.unsqueeze(0), from_rest=True)
+    assert not node._forward_hooks
+    assert not node._forward_pre_hooks
+    return seen["0"].item()
+
+
+# |z| where the surrogate has fallen to a hundredth of its peak, from its formula
+REACH = {
+    "atan": 99**0.5 / 3.141592653589793,  # alpha 2: 1 / (1 + (pi z)^2)
+    "sigmoid": 5.98645 / 4,  # alpha 4: sigmoid'(5.98645) = 0.01 / 4
+    "triangular": 0.99,
+    "fast_sigmoid": 9.0,  # 1 / (1 + 9)^2
+    "rect": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", REACH)
+def test_effective_domain_ends_where_the_surrogate_does(name):
+    reach = REACH[name]
+    node = IFNode(surrogate_function=name)  # no leak: the membrane is the current
+    z = torch.tensor([0.0, 0.999 * reach, -0.999 * reach, 1.001 * reach, -1.001 * reach]).view(1, 1, 5)
+    assert domain(node, 1 + z) == pytest.approx(3 / 5)
+    set_surrogate_temperature(node, 2.0)
+    assert domain(node, 1 + 2 * z) == pytest.approx(3 / 5)
+    assert domain(node, 1 + z) == 1
+
+
+def test_effective_domain_by_hand():
+    mask = torch.tensor([[1, 1], [1, 0]])
+    membranes = torch.full((2, 2, 4), 0.9)
+    membranes[0, 0, :3] = -9.0  # 3 of the 12 real ones are far from the threshold
+    membranes[1, 1] = -9.0  # padding
+    assert domain(IFNode(surrogate_function="rect"), membranes, mask) == pytest.approx(9 / 12)
+    assert domain(IFNode(surrogate_function="ste"), membranes, mask) == 1
+
+
+def test_effective_domain_of_two_thresholds():
+    membranes = torch.tensor([0.0, 0.6, 1.4, 1.6, -0.1, -0.3, -0.9, -1.1]).view(1, 2, 4)
+    node = TernaryLIFNode(tau=1.0, v_threshold_negative=0.5, surrogate_function="rect", amplitude=3.0)
+    assert domain(node, membranes) == pytest.approx(6 / 8)  # [0.5, 1.5] or [-1, 0]
+
+
+def test_effective_domain_of_elastic_bispike():
+    node = ElasticBiSpike(1).eval()
+    node.alpha.fill_(2.0)
+    assert domain(node, torch.tensor([1.9, -1.9, 2.1, -2.1, 0.0]).view(1, 1, 5)) == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_membranes_of_elastic_bispike_are_those_that_fired(dtype):
+    node = ElasticBiSpike(4).eval()
+    node.alpha.copy_(torch.tensor([0.5, 3.0, 1.0, 2.0]))
+    current = (torch.randn(4, 2, 3, 5) * 2).to(dtype)
+    seen = []
+    with membranes_watched(node, lambda *call: seen.append(call)):
+        node(current[:1])
+        node(current[1:])
+    spikes, membranes = (torch.cat([call[i] for call in seen]) for i in (2, 3))
+    assert [call[4] for call in seen] == [0, 1]  # the step each call began with
+    alpha = node.alpha.view(4, 1, 1, 1)
+    assert torch.equal(spikes != 0, membranes.abs() > alpha / 2)
+    inside = torch.cat([node.reached(call[3], call[4]) for call in seen])
+    assert torch.equal(inside, membranes.abs() <= alpha)
+
+
+def test_effective_domain_over_time_sees_the_resets():
+    """Currents 2, 2 at tau 2: h = 1, 1 after a hard reset; without one the second would be 1.5."""
+    node, current = LIFNode(surrogate_function="rect"), torch.full((2, 1, 1, 1), 2.0)
+    with effective_domain_recorded(node, torch.ones(1, 1)) as seen:
+        node(current)
+    assert seen == {"": 1}
+    soft = LIFNode(v_reset=None, surrogate_function=node.surrogate_function, decay_input=False)
+    with effective_domain_recorded(soft, torch.ones(1, 1)) as seen:
+        soft(current)  # h = 2, then 1 / 2 + 2
+    assert seen[""] == 0
+
+
+@pytest.mark.parametrize("make", [LIFNode, IFNode, ParametricLIFNode, TernaryLIFNode, ElasticBiSpike])
+def test_effective_domain_is_the_same_in_pieces_and_from_rest(make):
+    node, mask = make().eval(), torch.ones(2, 3)
+    current, shares = torch.randn(4, 2, 3, 5) * 3, []
+    with effective_domain_recorded(node, mask) as seen:
+        whole = node(current, from_rest=True)
+    shares.append(seen[""])
+    with effective_domain_recorded(node, mask) as seen:
+        pieces = torch.cat([node(current[:1]), node(current[1:])])
+    shares.append(seen[""])
+    assert torch.equal(whole, pieces)
+    if make is not ElasticBiSpike:
+        membranes = {}
+        with effective_domain_recorded(node, mask) as seen:
+            for part in (current[:1], current[1:]):
+                node(part, state=membranes)
+        shares.append(seen[""])
+    assert 0 < shares[0] < 1
+    assert all(share == shares[0] for share in shares)
+
+
+def test_effective_domain_needs_the_time_axis_and_is_off_unless_enabled():
+    node = LIFNode(step_mode="s")
+    with pytest.raises(ValueError, match="step_mode is 's'"), effective_domain_recorded(node, torch.ones(1, 1)):
+        node(torch.ones(1, 1, 3))
+    assert not node._forward_hooks
+    with effective_domain_recorded(node, torch.ones(1, 1), enabled=False) as seen:
+        node(torch.ones(1, 1, 3))
+    assert seen == {}
+
+
+@pytest.mark.parametrize("entry", ["spikelm_tiny", "spikingbert_tiny"])
+def test_effective_domain_of_every_layer_while_training(entry):
+    torch.manual_seed(0)
+    model = snlp_zoo.build(entry).train()
+    ids, mask = torch.randint(5, 100, (2, 6)), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    model(ids, mask)  # amplitudes have seen a batch
+    with effective_domain_recorded(model.base_model, mask) as seen:
+        model(ids, mask).logits.sum().backward()
+    sites = model.eval()(ids, mask, output_spike_rates=True).spike_rates
+    assert seen.keys() == set(sites)
+    assert all(0 < share <= 1 and share.ndim == 0 and not share.requires_grad for share in seen.values())

@@ -9,7 +9,7 @@ from spikingjelly.activation_based import functional, monitor, neuron, op_counte
 from spikingjelly.activation_based.model.parametric_lif_net import MNISTNet
 from torch import nn
 
-from snlp_zoo.layers import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, make_neuron
+from snlp_zoo.layers import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, TernaryLIFNode, make_neuron
 from snlp_zoo.ops import Surrogate
 
 PAIRS = {
@@ -24,7 +24,7 @@ SURROGATES = {
     "rect": surrogate.Rect,
     "ste": surrogate.DeterministicPass,
 }
-EVERY = [LIFNode, IFNode, ParametricLIFNode, ElasticBiSpike]
+EVERY = [LIFNode, IFNode, ParametricLIFNode, TernaryLIFNode, ElasticBiSpike]
 
 
 def run(node, x):
@@ -213,7 +213,14 @@ def test_single_step_network_equals_multi_step():
 
 
 @pytest.mark.parametrize(
-    ("kind", "node_class"), [("lif", LIFNode), ("if", IFNode), ("plif", ParametricLIFNode), ("ternary", ElasticBiSpike)]
+    ("kind", "node_class"),
+    [
+        ("lif", LIFNode),
+        ("if", IFNode),
+        ("plif", ParametricLIFNode),
+        ("ternary", TernaryLIFNode),
+        ("elastic", ElasticBiSpike),
+    ],
 )
 def test_make_neuron(kind, node_class):
     assert type(make_neuron(kind)) is node_class

@@ -6,11 +6,12 @@ import torch
 
 from snlp_zoo.errors import BackendError
 from snlp_zoo.ops import SURROGATES, Surrogate, lif
-from snlp_zoo.ops.lif import lif_reference
+from snlp_zoo.ops.lif import lif_membranes, lif_reference
 
 SHAPES = [(1, 1), (1, 2, 3), (4, 2, 7, 5), (7, 3, 1, 13)]
 RESETS = [0.0, -0.3, None]
 MEMBRANE = {"tau": 2.0, "v_threshold": 1.0}
+LEARNED = Surrogate("atan", torch.ones(()))
 INTEGRATE = {"tau": math.inf, "v_reset": None, "decay_input": False}
 
 
@@ -128,6 +129,45 @@ def test_learned_tau_gets_the_references_gradient(tau_shape):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11, msg=lambda m: f"{setting}: {m}")  # noqa: B023
 
 
+@pytest.mark.parametrize("alpha_shape", [(), (5,), (7, 1)], ids=str)
+def test_learned_steepness_gets_the_references_gradient(alpha_shape):
+    for setting in every_setting():
+        alpha = (0.5 + torch.rand(alpha_shape, dtype=torch.float64)).requires_grad_()
+        inputs = (*make_inputs((4, 2, 7, 5)), alpha)
+        setting |= {"surrogate": Surrogate(setting["surrogate"].name, alpha), "tau": 2.7, "v_threshold": 0.8}
+        got, expected = run(lif, inputs, **setting), run(lif_reference, inputs, **setting)
+        assert got[-1].shape == alpha_shape
+        assert got[-1].any()
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11, msg=lambda m: f"{setting}: {m}")  # noqa: B023
+
+
+def test_steepness_and_tau_are_learned_together():
+    alpha, tau = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.7, 2.3))
+    inputs = (*make_inputs((5, 2, 3)), alpha, tau)
+    setting = {"surrogate": Surrogate("sigmoid", alpha), "tau": tau, "v_threshold": 0.8}
+    setting |= {"v_reset": -0.3, "decay_input": True, "detach_reset": False}
+    torch.testing.assert_close(run(lif, inputs, **setting), run(lif_reference, inputs, **setting))
+
+
+def test_learned_steepness_is_kept_alone_for_the_backward(saved_for_backward):
+    current, alpha = torch.randn(16, 64, requires_grad=True), torch.ones((), requires_grad=True)
+    with saved_for_backward() as saved:
+        lif(current, None, **MEMBRANE, surrogate=Surrogate("atan", alpha))
+    assert saved.nbytes <= current.nbytes + 8  # 1 / tau and alpha
+
+
+def test_membranes_are_what_the_reference_compares_with_the_threshold():
+    current, v_init = (x.detach() for x in make_inputs((5, 2, 3)))
+    for v_reset, decay in product(RESETS, (True, False)):
+        options = {"tau": 2.7, "v_threshold": 0.8, "v_reset": v_reset, "decay_input": decay}
+        charged = lif_membranes(current, v_init, **options)
+        assert torch.equal(lif(current, v_init, **options).spikes, (charged >= 0.8).double())
+        leak, rest = 1 / 2.7, v_reset or 0.0
+        first = v_init - (v_init - rest) * leak + current[0] * (leak if decay else 1)
+        torch.testing.assert_close(charged[0], first)
+
+
 @pytest.mark.parametrize("v_reset", RESETS)
 def test_two_chunks_equal_one_call(v_reset):
     def in_chunks(current, v_init, **options):
@@ -206,6 +246,15 @@ def test_unlearned_input_saves_nothing(saved_for_backward):
         ((4, 3), (3,), {"tau": math.nan}, ValueError, "must be at least 1, got nan"),
         ((4, 3), (3,), {"tau": torch.ones(2)}, ValueError, r"tau \(2,\) must broadcast to current without T \(3,\)"),
         ((4, 3), (3,), {"tau": torch.ones(1, 3)}, ValueError, r"tau \(1, 3\) must broadcast"),
+        ((4, 3), (3,), {"surrogate": Surrogate("atan", torch.ones(2))}, ValueError, r"alpha \(2,\) must broadcast to"),
+        (
+            (4, 3),
+            (3,),
+            {"surrogate": LEARNED, "backend": "triton"},
+            BackendError,
+            "cannot learn a surrogate's steepness",
+        ),
+        ((4, 3), (3,), {"surrogate": LEARNED, "backend": "cuda"}, BackendError, "unknown backend 'cuda'"),
         ((4, 3), (3,), {"surrogate": "atn"}, ValueError, "did you mean 'atan'"),
         ((4, 3), (3,), {"backend": "cuda"}, BackendError, "unknown backend 'cuda'"),
         ((4, 3), (3,), {"backend": "cupy"}, BackendError, "use 'auto' or 'torch'"),

@@ -1,15 +1,18 @@
 """Multi-step leaky integrate-and-fire on the fastest backend that supports the tensors."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from snlp_zoo.ops.backend import resolve
+from snlp_zoo.errors import BackendError
+from snlp_zoo.ops.backend import KERNELS, resolve
 from snlp_zoo.ops.lif import kernel
 from snlp_zoo.ops.lif.analytic import lif_analytic
-from snlp_zoo.ops.lif.reference import LIFOutput, lif_reference
+from snlp_zoo.ops.lif.reference import LIFOutput, lif_membranes, lif_reference
 from snlp_zoo.ops.surrogates import Surrogate, as_surrogate
 
-__all__ = ["LIFOutput", "lif", "lif_reference"]
+__all__ = ["LIFOutput", "lif", "lif_membranes", "lif_reference"]
 _LOW = (torch.bool, torch.int8, torch.float8_e4m3fn)  # spike_dtype without gradient
 
 
@@ -37,7 +40,8 @@ def lif(
         v_reset: potential after a spike (hard reset); None subtracts v_threshold instead (soft reset).
         decay_input: divide the input current by tau too.
         detach_reset: keep the reset out of the gradient.
-        surrogate: name from `SURROGATES`, or a `Surrogate` with its own steepness.
+        surrogate: name from `SURROGATES`, or a `Surrogate` with its own steepness. Kernels take a number for it; where
+            it is a tensor, "auto" computes with "torch".
         spike_dtype: dtype of the spikes, default current's. bool, int8 and float8_e4m3fn carry no gradient: for
             products in low precision.
         carry_out: False leaves v out (None), which saves writing it.
@@ -50,13 +54,15 @@ def lif(
         BackendError: the named backend cannot run here.
     """
     _check(current, v_init, tau, spike_dtype)
-    chosen = resolve(backend, current, op="lif")
+    surrogate = as_surrogate(surrogate)
+    chosen = _resolve(backend, current, surrogate)
     state = torch.promote_types(current.dtype, torch.float32)  # half precision would shift spikes over T
     v_init = None if v_init is None else v_init.to(state)
     leak = 1 / tau.to(current.device, state) if isinstance(tau, Tensor) else None
     leak_value = 0.0 if isinstance(tau, Tensor) else 1 / tau
     options = (v_threshold, v_reset, decay_input, detach_reset)
-    surrogate = as_surrogate(surrogate)
+    if isinstance(surrogate.alpha, Tensor):
+        surrogate = replace(surrogate, alpha=surrogate.alpha.to(current.device, state))
     with torch.set_grad_enabled(torch.is_grad_enabled() and spike_dtype not in _LOW):
         if chosen == "torch":
             leak = torch.tensor(leak_value, dtype=state, device=current.device) if leak is None else leak
@@ -67,6 +73,15 @@ def lif(
             how = (surrogate.name, surrogate.alpha, spike_dtype or current.dtype, carry_out, chosen)
             spikes, v, _ = kernel.lif(current, v_init, leak, leak_value, *options, *how)
     return LIFOutput(spikes, v if carry_out else None)
+
+
+def _resolve(backend: str, current: Tensor, surrogate: Surrogate) -> str:
+    if not isinstance(surrogate.alpha, Tensor):
+        return resolve(backend, current, op="lif")
+    if backend in KERNELS:
+        raise BackendError(f"lif: backend {backend!r} cannot learn a surrogate's steepness; use 'auto' or 'torch'")
+    _check_broadcast("the surrogate's alpha", surrogate.alpha, current)
+    return resolve("torch" if backend == "auto" else backend, current, op="lif")
 
 
 def _period(leak: Tensor, step: torch.Size) -> Tensor:
@@ -87,14 +102,16 @@ def _check(current: Tensor, v_init: Tensor | None, tau: float | Tensor, spike_dt
             "pass None to start at rest"
         )
     if isinstance(tau, Tensor):
-        axes = zip(reversed(tau.shape), reversed(current.shape[1:]), strict=False)
-        if tau.ndim >= current.ndim or any(length not in (1, of_step) for length, of_step in axes):
-            raise ValueError(
-                f"lif: tau {tuple(tau.shape)} must broadcast to current without T {tuple(current.shape[1:])}"
-            )
+        _check_broadcast("tau", tau, current)
     elif not tau >= 1:
         raise ValueError(f"lif: tau is in time steps and must be at least 1, got {tau}")
     if spike_dtype is not None and not (
         spike_dtype in _LOW or (spike_dtype.is_floating_point and spike_dtype.itemsize > 1)
     ):
         raise ValueError(f"lif: spike_dtype {spike_dtype}: use bool, int8, float8_e4m3fn or a float dtype")
+
+
+def _check_broadcast(name: str, x: Tensor, current: Tensor) -> None:
+    axes = zip(reversed(x.shape), reversed(current.shape[1:]), strict=False)
+    if x.ndim >= current.ndim or any(length not in (1, of_step) for length, of_step in axes):
+        raise ValueError(f"lif: {name} {tuple(x.shape)} must broadcast to current without T {tuple(current.shape[1:])}")

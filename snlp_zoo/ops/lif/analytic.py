@@ -3,6 +3,8 @@
 Spikes are 1 and 0 in the membrane's dtype: on a CPU, eager code writes and reads bool several times slower.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -39,26 +41,37 @@ def _forward(current, v, leak, spikes, v_out, v_threshold, v_reset, decay_input)
 
 
 def _backward(
-    current, v, leak, grad_spikes, grad, grad_current, grad_v_init, grad_leak,
+    current, v, leak, alpha, grad_spikes, grad, grad_current, grad_v_init, grad_leak, grad_alpha,
     v_threshold, v_reset, decay_input, detach_reset, surrogate,
 ) -> None:  # fmt: skip
-    """First what depends on h, forward in time; then, backward, grad_h = slope grad_s + kept grad_v."""
+    """First what depends on h, forward in time; then, backward, grad_h = slope grad_s + kept grad_v.
+
+    A learned alpha gets (dS/dalpha) times what reaches the spike: grad_s, and grad_v through a reset not detached.
+    """
     v_rest, steps = v_reset or 0.0, []
+    surrogate = surrogate if alpha is None else replace(surrogate, alpha=alpha)
     for t, x in enumerate(current):
         h = _charge(x, v, leak, v_rest, decay_input)
-        slope = surrogate.derivative(h - v_threshold)
-        kept = driven = None
+        slope = surrogate.derivative(z := h - v_threshold)
+        kept = driven = rising = resetting = None
+        if grad_alpha is not None:
+            rising = surrogate.alpha_derivative(z, slope)
         if grad_leak is not None:
             driven = (x if decay_input else 0.0) - (0.0 if v is None else v - v_rest)
         if grad is not None or t + 1 < len(current):
             s = torch.ge(h, v_threshold, out=torch.empty_like(h))
             v, kept = _reset(h, s, v_threshold, v_reset)
             if not detach_reset:
-                kept = slope * (-v_threshold if v_reset is None else v_reset - h) + (1 if kept is None else kept)
-        steps.append((slope.mul_(grad_spikes[t]), kept, driven))
-    if grad_leak is not None:
-        grad_leak.zero_()
-    for t, (grad_h, kept, driven) in reversed(list(enumerate(steps))):
+                resetting = -v_threshold if v_reset is None else v_reset - h
+                kept = slope * resetting + (1 if kept is None else kept)
+        steps.append((slope.mul_(grad_spikes[t]), kept, driven, rising, resetting))
+    for total in (grad_leak, grad_alpha):
+        if total is not None:
+            total.zero_()
+    for t, (grad_h, kept, driven, rising, resetting) in reversed(list(enumerate(steps))):
+        if grad_alpha is not None:
+            through = grad_spikes[t] if grad is None or resetting is None else grad_spikes[t] + grad * resetting
+            grad_alpha.add_(rising * through)
         if grad is not None:
             grad_h = grad_h.add_(grad) if kept is None else grad_h.addcmul_(grad, kept)
         if decay_input:
@@ -74,10 +87,10 @@ def _backward(
 
 
 class _LIF(torch.autograd.Function):
-    """Inputs current [T, ...], v_init [...] or None at rest, leak = 1 / tau, [...] or a scalar."""
+    """Inputs current [T, ...], v_init [...] or None at rest, leak = 1 / tau, [...] or a scalar, alpha alike or None."""
 
     @staticmethod
-    def forward(current, v_init, leak, v_threshold, v_reset, decay_input, detach_reset, surrogate, carry_out):
+    def forward(current, v_init, leak, alpha, v_threshold, v_reset, decay_input, detach_reset, surrogate, carry_out):
         step = current.shape[1:]
         spikes = torch.empty(current.shape, dtype=current.dtype, device=current.device)
         v = leak.new_empty(step) if carry_out else None
@@ -87,20 +100,19 @@ class _LIF(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        current, v_init, leak, *ctx.options, ctx.carry_out = inputs
-        ctx.save_for_backward(current, v_init, leak)
+        current, v_init, leak, alpha, *ctx.options, ctx.carry_out = inputs
+        ctx.save_for_backward(current, v_init, leak, alpha)
 
     @staticmethod
     def backward(ctx, grad_spikes, grad_v):
-        current, v_init, leak = ctx.saved_tensors
+        current, v_init, leak, alpha = ctx.saved_tensors
         step = current.shape[1:]
         grad_current = torch.empty(current.shape, dtype=current.dtype, device=current.device)
-        grad_v_init, grad_leak = (leak.new_empty(step) if needed else None for needed in ctx.needs_input_grad[1:3])
-        inputs = as_rows(step, current, v_init, leak, grad_spikes, grad_v if ctx.carry_out else None)
-        by_chunks(_backward, leak.dtype, inputs, as_rows(step, grad_current, grad_v_init, grad_leak), *ctx.options)
-        if grad_leak is not None:
-            grad_leak = grad_leak.sum_to_size(leak.shape)
-        return grad_current, grad_v_init, grad_leak, *(None,) * 6
+        grads = [leak.new_empty(step) if needed else None for needed in ctx.needs_input_grad[1:4]]
+        inputs = as_rows(step, current, v_init, leak, alpha, grad_spikes, grad_v if ctx.carry_out else None)
+        by_chunks(_backward, leak.dtype, inputs, as_rows(step, grad_current, *grads), *ctx.options)
+        sums = [x if x is None else x.sum_to_size(of.shape) for x, of in zip(grads[1:], (leak, alpha), strict=True)]
+        return grad_current, grads[0], *sums, *(None,) * 6
 
 
 def lif_analytic(
@@ -118,5 +130,8 @@ def lif_analytic(
 
     Returns spikes in current's dtype and the membrane (empty unless `carry_out`).
     """
-    leak = leak.reshape(()) if leak.numel() == 1 else leak.expand(current.shape[1:])
-    return _LIF.apply(current, v_init, leak, v_threshold, v_reset, decay_input, detach_reset, surrogate, carry_out)
+    step = current.shape[1:]
+    fixed, alpha = surrogate.split()
+    per_step = [x if x is None else x.reshape(()) if x.numel() == 1 else x.expand(step) for x in (leak, alpha)]
+    options = (v_threshold, v_reset, decay_input, detach_reset, fixed, carry_out)
+    return _LIF.apply(current, v_init, *per_step, *options)

@@ -38,7 +38,38 @@ def lif_reference(
     v_rest is v_reset, or 0 under soft reset. tau = inf without decay_input is integrate-and-fire.
     Source: Fang et al. 2021 (arXiv:2007.05785); SpikingJelly's LIFNode, IFNode and ParametricLIFNode.
     """
-    v, spikes = v_init, []
+    spikes, _, v = _steps(current, v_init, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate)
+    return LIFOutput(torch.stack(spikes), v)
+
+
+@torch.no_grad()
+def lif_membranes(
+    current: Tensor,
+    v_init: Tensor | None,
+    *,
+    tau: float | Tensor,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+) -> Tensor:
+    """h[t] of `lif_reference`, the membrane of every step before it fires: [T, ...]; v_init None starts at rest."""
+    current = current.to(torch.promote_types(current.dtype, torch.float32))
+    v_init = torch.full_like(current[0], v_reset or 0.0) if v_init is None else v_init
+    return torch.stack(_steps(current, v_init, tau, v_threshold, v_reset, decay_input, True, Surrogate())[1])
+
+
+def _steps(
+    current: Tensor,
+    v: Tensor,
+    tau: float | Tensor,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    detach_reset: bool,
+    surrogate: Surrogate,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """s and h of every step, and the last v."""
+    spikes, charged = [], []
     v_rest, leak = 0.0 if v_reset is None else v_reset, 1 / tau
     for current_t in current:
         drive = current_t if decay_input else 0.0
@@ -47,4 +78,5 @@ def lif_reference(
         fired = s.detach() if detach_reset else s
         v = h - fired * v_threshold if v_reset is None else (1 - fired) * h + fired * v_reset
         spikes.append(s)
-    return LIFOutput(torch.stack(spikes), v)
+        charged.append(h)
+    return spikes, charged, v

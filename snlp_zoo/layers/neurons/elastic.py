@@ -1,197 +1,22 @@
-"""The only door to SpikingJelly's neurons, and the neurons it lacks.
+"""Elastic bi-spike: the ternary neuron whose amplitude follows its membrane (SpikeLM)."""
 
-Every class here is a SpikingJelly neuron: step modes 's' and 'm', `functional.reset_net`, monitors and counters work on
-it, and it fits into any SpikingJelly network. Three ways to call one:
-
-    node(current)                    SpikingJelly's way: the membrane stays in node.v until `reset_net`
-    node(current, from_rest=True)    our models' way: starts at rest, leaves no state behind, [T, ...] in and out
-    node(current, state=membranes)   the same in pieces, for the LIF family: starts from membranes[node], or at rest if
-                                     that is missing, and leaves the membrane there
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
-from snlp_zoo.ops import Surrogate, elastic_bispike, lif
+from snlp_zoo.layers.neurons.base import ExplicitState, spike_dtype
+from snlp_zoo.ops import elastic_bispike
 from snlp_zoo.ops.bispike import Reset, elastic_bispike_measured
-
-BaseNode = neuron.BaseNode  # what every spiking neuron is, ours and theirs
-
-# SpikingJelly surrogate class -> our name for the same derivative, with the same meaning of alpha
-_SURROGATE_NAMES: dict[type, str] = {
-    surrogate.ATan: "atan",
-    surrogate.Sigmoid: "sigmoid",
-    surrogate.PiecewiseQuadratic: "triangular",
-    surrogate.Rect: "rect",
-    surrogate.DeterministicPass: "ste",
-}
-
-
-def _translate(function: "str | Surrogate | surrogate.SurrogateFunctionBase") -> Surrogate:
-    if isinstance(function, Surrogate):
-        return function
-    if isinstance(function, str):
-        return Surrogate(function)
-    if (name := _SURROGATE_NAMES.get(type(function))) is None:
-        known = ", ".join(sorted(cls.__name__ for cls in _SURROGATE_NAMES))
-        raise ValueError(f"no counterpart of SpikingJelly's {type(function).__name__}; use one of {known}")
-    return Surrogate(name, getattr(function, "alpha", None))
-
-
-def _spike_dtype(current: Tensor) -> torch.dtype:
-    """Under autocast spikes are written in its dtype at once: the product that follows would cast them."""
-    device = current.device.type
-    enabled = current.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled else current.dtype
-
-
-class _ExplicitState(neuron.BaseNode):
-    """What all our nodes share: calls from rest, float32 membranes, single steps as multi-steps of length one."""
-
-    def forward(self, *inputs, from_rest: bool = False, **kwargs):
-        if not from_rest:
-            return super().forward(*inputs, **kwargs)
-        if self.step_mode != "m":
-            raise ValueError("from_rest=True runs all time steps at once and needs step_mode='m'")
-        return self.run(inputs[0], None, carry_out=False, **kwargs)[0]
-
-    def materialize_states(self, inputs, states, step_mode):
-        x, v = (inputs[0][0] if step_mode == "m" else inputs[0]), states[0]
-        dtype = torch.promote_types(x.dtype, torch.float32)  # a bfloat16 membrane would shift spikes over T
-        if isinstance(v, Tensor) and v.shape == x.shape:
-            return (v.to(x.device, dtype), *states[1:])
-        rest = self.get_reset_value("v") if isinstance(v, Tensor) else v
-        return (torch.full(x.shape, rest, dtype=dtype, device=x.device), *states[1:])
-
-    def single_step_functional_forward(self, inputs, states, **kwargs):
-        outputs, states = self.multi_step_functional_forward(tuple(x.unsqueeze(0) for x in inputs), states, **kwargs)
-        return tuple(x.squeeze(0) for x in outputs), states
-
-
-class _LIFBase(_ExplicitState):
-    """The LIF family on `ops.lif`; subclasses say what tau is."""
-
-    spike_kind = "binary"  # as `energy.kinds` names alphabets
-
-    def _tau(self) -> float | Tensor:
-        return self.tau
-
-    def forward(self, *inputs, state: dict[nn.Module, Tensor] | None = None, **kwargs):
-        if state is None:
-            return super().forward(*inputs, **kwargs)
-        if self.step_mode != "m":
-            raise ValueError("state=... runs many time steps at once and needs step_mode='m'")
-        spikes, v = self.run(inputs[0], state.get(self), **kwargs)
-        state[self] = cast(Tensor, v)  # there is one: carry_out is the default
-        return spikes
-
-    def multi_step_functional_forward(self, inputs, states, **kwargs):
-        spikes, v = self.run(inputs[0], states[0])
-        return (spikes,), (v, *states[1:])
-
-    def run(self, current: Tensor, v: Tensor | None, carry_out: bool = True) -> tuple[Tensor, Tensor | None]:
-        return lif(
-            current,
-            v,
-            tau=self._tau(),
-            v_threshold=self.v_threshold,
-            v_reset=self.v_reset,
-            decay_input=getattr(self, "decay_input", False),
-            detach_reset=self.detach_reset,
-            surrogate=_translate(self.surrogate_function),
-            spike_dtype=_spike_dtype(current),
-            carry_out=carry_out,
-            backend=self.backend,
-        )
-
-
-class LIFNode(_LIFBase, neuron.LIFNode):
-    """SpikingJelly's LIFNode on `ops.lif`: any backend, float32 membrane under half precision.
-
-    Args:
-        tau: membrane time constant in time steps, > 1.
-        decay_input: divide the input by tau too.
-        v_threshold, v_reset: unit of v; v_reset=None is the soft reset.
-        surrogate_function: a name from `ops.SURROGATES`, an `ops.Surrogate`, or SpikingJelly's own object.
-        detach_reset: keep the reset out of the gradient.
-        step_mode: "m" takes [T, ...], "s" one step.
-        store_v_seq: keep the membrane of every step in `v_seq`.
-        backend: "auto", "torch", "triton" or "cupy", as in `ops.lif`.
-    """
-
-    def __init__(
-        self,
-        tau: float = 2.0,
-        decay_input: bool = True,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function="atan",
-        detach_reset: bool = True,
-        step_mode: str = "m",
-        store_v_seq: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq
-        )
-        self.backend = backend
-
-
-class IFNode(_LIFBase, neuron.IFNode):
-    """SpikingJelly's IFNode on `ops.lif`: integrate-and-fire, no leak. Arguments as in `LIFNode`."""
-
-    def __init__(
-        self,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function="atan",
-        detach_reset: bool = True,
-        step_mode: str = "m",
-        store_v_seq: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq)
-        self.backend = backend
-
-    def _tau(self) -> float:
-        return float("inf")
-
-
-class ParametricLIFNode(_LIFBase, neuron.ParametricLIFNode):
-    """SpikingJelly's ParametricLIFNode on `ops.lif`: tau = 1 / sigmoid(w) is learned. Arguments as in `LIFNode`."""
-
-    def __init__(
-        self,
-        init_tau: float = 2.0,
-        decay_input: bool = True,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function="atan",
-        detach_reset: bool = True,
-        step_mode: str = "m",
-        store_v_seq: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            init_tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq
-        )
-        self.backend = backend
-
-    def _tau(self) -> Tensor:
-        return 1 / self.w.sigmoid()
-
 
 ALPHA_MODES = ("first_batch", "ema", "learned")
 
 
-class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
+class ElasticBiSpike(ExplicitState, neuron.BaseNode):
     """Ternary spikes {-alpha[t], 0, alpha[t]} whose amplitude follows the size of the membrane (SpikeLM).
 
     alpha[t] = firing_k * mean|m[t]|, one value per time step, so firing is about equally frequent whatever the input's
@@ -271,7 +96,7 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
         if self.alpha_mode == "learned":
             scale = current[0].numel() ** -0.5
             alpha = alpha * scale + (alpha * (1 - scale)).detach()
-        options |= {"carry_out": carry_out, "spike_dtype": _spike_dtype(current)}
+        options |= {"carry_out": carry_out, "spike_dtype": spike_dtype(current)}
         if not (self.training and self.alpha_mode == "ema"):
             return elastic_bispike(current, v, alpha, **options)
         output, total = elastic_bispike_measured(current, v, alpha, mask, **options)
@@ -283,6 +108,21 @@ class ElasticBiSpike(_ExplicitState, neuron.BaseNode):
             self.measured[index] = total
         self.measured_over = mask, current.shape[1:]  # counted once for all neurons, in `amplitudes_updated`
         return output
+
+    @torch.no_grad()
+    def membranes(self, current: Tensor, v: Tensor | None, step: int = 0) -> Tensor:
+        charged = []
+        for t, x in enumerate(current.to(torch.promote_types(current.dtype, torch.float32)), step):
+            charged.append(x if v is None else v + x)
+            alpha = self.alpha[t % self.time_steps].view(1)
+            _, v = elastic_bispike(x.unsqueeze(0), v, alpha, beta=self.beta, reset=self.reset_kind)
+        return torch.stack(charged)
+
+    @torch.no_grad()
+    def reached(self, membranes: Tensor, step: int = 0) -> Tensor:
+        """Where the straight-through gradient passes: |m[t]| <= alpha[t]."""
+        index = [(step + t) % self.time_steps for t in range(len(membranes))]
+        return membranes.abs() <= self.alpha[index].view(-1, *(1,) * (membranes.ndim - 1))
 
     @torch.no_grad()
     def _initialize(
@@ -365,32 +205,3 @@ def amplitudes_updated(net: nn.Module, move: bool = True) -> Iterator[None]:
 def _spread(values: Tensor, into: list[Tensor]) -> None:
     """Consecutive pieces of `values` into these tensors, in one launch."""
     torch._foreach_copy_(into, values.to(into[0].dtype).split([len(x) for x in into]))
-
-
-def set_surrogate_temperature(net: nn.Module, value: float) -> None:
-    """Widen the surrogate of every neuron below `net` by this factor."""
-    for module in net.modules():
-        if isinstance(module, _LIFBase):
-            module.surrogate_temperature = value
-
-
-_NEURONS: dict[str, Callable[..., neuron.BaseNode]] = {
-    "lif": LIFNode,
-    "if": IFNode,
-    "plif": ParametricLIFNode,
-    "ternary": ElasticBiSpike,
-}
-
-
-def make_neuron(kind: str, **options) -> neuron.BaseNode:
-    """A spiking neuron by name: "lif", "if", "plif" or "ternary" (elastic bi-spike); options as in its class.
-
-    Raises:
-        ValueError: unknown name.
-        TypeError: an option the neuron does not have.
-    """
-    if kind not in _NEURONS:
-        nearest = get_close_matches(kind, _NEURONS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown neuron {kind!r}, known are {', '.join(_NEURONS)}{hint}")
-    return _NEURONS[kind](**options)

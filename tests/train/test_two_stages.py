@@ -146,14 +146,14 @@ def same_files(folder, other):
 
 
 def test_stopped_in_the_second_stage_it_goes_on_there(second_stage, trained, stop_at, monkeypatch, tmp_path):
-    real = Trainer._step
+    real, options = Trainer._step, {"overrides": ["stages.task.train.max_steps=16"]}
     stop_at(12 + 8)
     with pytest.raises(stop_at.error):
-        distill(second_stage, output_dir=tmp_path / "run")
+        distill(second_stage, output_dir=tmp_path / "run", **options)
     monkeypatch.setattr(Trainer, "_step", real)
     torch.manual_seed(321)
-    distill(second_stage, output_dir=tmp_path / "run", resume=True)
-    distill(second_stage, output_dir=tmp_path / "whole")
+    distill(second_stage, output_dir=tmp_path / "run", resume=True, **options)
+    distill(second_stage, output_dir=tmp_path / "whole", **options)
     same_files(tmp_path / "run", tmp_path / "whole")
 
 

@@ -347,9 +347,12 @@ def _no_sync(accelerator: Accelerator, module: nn.Module, active: bool) -> Any:
 
 
 def _parameter_groups(distiller: Distiller, settings: TrainPart) -> list[dict[str, Any]]:
-    """Weight decay on matrices only: biases, norms and spike amplitudes keep their size."""
-    trained = [p for p in distiller.parameters() if p.requires_grad]
+    """Weight decay on weight matrices only: biases, norms, amplitudes and shares of heads keep their size."""
+    decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in distiller.named_parameters():
+        if parameter.requires_grad:
+            decayed[parameter.ndim > 1 and name.endswith("weight")].append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": decayed[True], "weight_decay": settings.weight_decay},
+        {"params": decayed[False], "weight_decay": 0.0},
     ]

@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from snlp_zoo import registry
 from snlp_zoo.errors import RecipeError
-from snlp_zoo.train.recipe import dump_recipe, load_recipe, stage_recipes
+from snlp_zoo.train.loop import _parameter_groups
+from snlp_zoo.train.recipe import TrainPart, dump_recipe, load_recipe, stage_recipes
 
 ENTRIES = registry.list_entries()
 TRAINABLE = [name for name in ENTRIES if registry.load_entry(name).recipe]
@@ -326,3 +327,15 @@ def test_text_that_looks_like_a_number_survives_the_round_trip(write, make_recip
     recipe = load_recipe(str(make_recipe()), ["teacher.revision='12e4567'", "data.label_names=['1e3', '2', 'no']"])
     assert recipe.teacher.revision == "12e4567"
     assert load_recipe(write("again.yaml", dump_recipe(recipe))) == recipe
+
+
+def test_weight_decay_is_for_weights_alone():
+    model = registry.build("spikebert_tiny", attention="axnor", learnable_surrogate=True)
+    decayed, kept = _parameter_groups(model, TrainPart(weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert {names[id(p)].rpartition(".")[2] for p in decayed["params"]} == {"weight"}
+    others = {names[id(p)] for p in kept["params"]}
+    for ending in ("norm.weight", "attention.a.logit", "surrogate_log_alpha", "classifier.bias"):
+        assert any(name.endswith(ending) for name in others), ending
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from snlp_zoo.distill.matching import LayerMap, Projection, SharedProjection, attention_scores_recorded, matched
+from snlp_zoo.distill.matching import (
+    LayerMap,
+    NormedProjection,
+    Projection,
+    SharedProjection,
+    attention_scores_recorded,
+    matched,
+)
 from snlp_zoo.distill.objectives import OBJECTIVES, count_units
 from snlp_zoo.errors import RecipeError
 
@@ -29,7 +36,8 @@ class Distiller(nn.Module):
         student: the model that learns.
         teacher: frozen here (evaluation mode, no gradients); None if no objective needs one.
         objectives: name in `OBJECTIVES` -> keyword options.
-        projection: of hidden states to the teacher's width, `Projection` ("per_layer") or `SharedProjection`.
+        projection: of hidden states to the teacher's width: `Projection` ("per_layer"), `SharedProjection` ("shared") or
+            `NormedProjection` ("normed").
         layer_map: which teacher layer each student layer learns from, see `matching.layer_pairs`.
     """
 
@@ -38,7 +46,7 @@ class Distiller(nn.Module):
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
         objectives: Mapping[str, dict[str, Any]],
-        projection: Literal["per_layer", "shared"] = "per_layer",
+        projection: Literal["per_layer", "shared", "normed"] = "per_layer",
         layer_map: LayerMap = "spread",
     ) -> None:
         super().__init__()
@@ -52,11 +60,14 @@ class Distiller(nn.Module):
         self.wanted = {f"output_{need}": True for need in sorted(needs - {"embedding_table"})}
         self.per_token = type(student).__name__.endswith("ForMaskedLM")
         states = "hidden_states" in needs
-        width = teacher.config.hidden_size if teacher is not None and states else student.config.hidden_size
+        depth, own = student.config.num_hidden_layers, student.config.hidden_size
+        width = teacher.config.hidden_size if teacher is not None and states else own
         if projection == "shared" and states:
-            self.projection: nn.Module = SharedProjection(student.config.hidden_size, width)
+            self.projection: nn.Module = SharedProjection(own, width)
+        elif projection == "normed" and states:
+            self.projection = NormedProjection(depth, own, width)
         else:
-            self.projection = Projection(student.config.num_hidden_layers + 1, student.config.hidden_size, width)
+            self.projection = Projection(depth + 1, own, width)
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What each objective's mean runs over in this batch, [objectives]."""

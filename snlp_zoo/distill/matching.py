@@ -92,6 +92,26 @@ class SharedProjection(nn.Module):
         return tuple(self.layer(state) for state in hidden_states)
 
 
+class NormedProjection(nn.Module):
+    """A linear layer and a norm for each of a student's layers; for training only. Embeddings stay as they are.
+
+    Args:
+        layers: number of layers, L.
+        student_size, teacher_size: widths.
+    Source: Lv et al. 2023 (arXiv:2308.15122), SpikeBERT.
+    """
+
+    def __init__(self, layers: int, student_size: int, teacher_size: int) -> None:
+        super().__init__()
+        taps = (nn.Sequential(nn.Linear(student_size, teacher_size), nn.LayerNorm(teacher_size)) for _ in range(layers))
+        self.layers = nn.ModuleList(taps)
+
+    def forward(self, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """L + 1 times [B, N, student_size] -> the first as it is, L times [B, N, teacher_size]."""
+        embedded, *states = hidden_states
+        return embedded, *(layer(state) for layer, state in zip(self.layers, states, strict=True))
+
+
 def score_projections(teacher: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
     """The query and the key projection of every layer of a BERT-like teacher, first layer first.
 

@@ -135,7 +135,7 @@ class Recipe(_Part):
     data: DataPart
     teacher: TeacherPart
     objectives: dict[str, ObjectivePart] = {}
-    projection: Literal["per_layer", "shared"] = "per_layer"  # of hidden states to the teacher's width
+    projection: Literal["per_layer", "shared", "normed"] = "per_layer"  # of hidden states to the teacher's width
     layer_map: str | list[int] = "spread"  # `distill.matching.layer_pairs`
     train: TrainPart = TrainPart()
     baseline: bool = True  # bag-of-words logistic regression beside the student

@@ -100,6 +100,9 @@ def test_projection_kinds(teacher, batch):
     assert isinstance(shared.projection, SharedProjection)
     shared(batch).sum().backward()
     assert shared.projection.layer.bias.grad.any()
+    normed = Distiller(Scores(), teacher, {"hidden_mse": {}}, "normed")
+    normed(batch).sum().backward()
+    assert all(parameter.grad.any() for parameter in normed.projection.parameters())
     without = Distiller(Scores(), teacher, {"attention_score_mse": {}}, "shared")
     assert not list(without.projection.parameters())  # nothing that no loss would train
 

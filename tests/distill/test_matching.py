@@ -5,6 +5,7 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from snlp_zoo.distill.matching import (
+    NormedProjection,
     Projection,
     SharedProjection,
     attention_scores_recorded,
@@ -13,6 +14,7 @@ from snlp_zoo.distill.matching import (
     score_projections,
 )
 from snlp_zoo.errors import RecipeError
+from snlp_zoo.registry import build
 
 
 @pytest.mark.parametrize(
@@ -191,3 +193,17 @@ def test_a_teacher_without_query_and_key_is_an_error():
     teacher = GPT2Model(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(RecipeError, match=r"attention_score_mse needs .*attention\.self\.query.*GPT2Model has none"):
         score_projections(teacher)
+
+
+def test_a_normed_map_for_each_layer_as_in_spikebert():
+    with torch.device("meta"):
+        taps = NormedProjection(12, 768, 768)
+        student = build("spikebert_12l")
+    assert sum(p.numel() for module in (student, taps) for p in module.parameters()) == 114_561_026
+    taps = NormedProjection(2, 4, 6)
+    states = tuple(torch.randn(2, 3, 4) for _ in range(3))
+    embedded, *mapped = taps(states)
+    assert embedded is states[0]
+    for layer, state, out in zip(taps.layers, states[1:], mapped, strict=True):
+        expected = torch.nn.functional.layer_norm(layer[0](state), (6,))
+        torch.testing.assert_close(out, expected)

@@ -15,9 +15,9 @@ LEVELS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"registry"},
+    {"registry", "data"},
     {"hub"},
-    {"distill", "data", "energy", "convert"},
+    {"distill", "energy", "convert"},
     {"train", "plots", "predict", "pareto"},
     {"doctor", "bench", "cli", "cli_energy", "__main__", "__init__"},  # may import anything of ours, each other too
 ]

@@ -36,8 +36,7 @@ class Distiller(nn.Module):
         student: the model that learns.
         teacher: frozen here (evaluation mode, no gradients); None if no objective needs one.
         objectives: name in `OBJECTIVES` -> keyword options.
-        projection: of hidden states to the teacher's width: `Projection` ("per_layer"), `SharedProjection` ("shared") or
-            `NormedProjection` ("normed").
+        projection: of hidden states to the teacher's width: "per_layer" (`Projection`), "shared" or "normed".
         layer_map: which teacher layer each student layer learns from, see `matching.layer_pairs`.
     """
 

@@ -11,12 +11,12 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import PreTrainedModel
 
 from snlp_zoo import registry
+from snlp_zoo.data.files import suffix
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.hub.client import RESULTS, digest
 
 _PIPELINES = {"ForSequenceClassification": "text-classification", "ForMaskedLM": "fill-mask"}
 _AUTO = {"ForSequenceClassification": "AutoModelForSequenceClassification", "ForMaskedLM": "AutoModelForMaskedLM"}
-_DATA_FILES = (".tsv", ".csv", ".jsonl", ".json", ".txt", ".parquet", ".gz", ".xz")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _head_of(model: PreTrainedModel) -> str:
 def _name(source: str) -> tuple[str, str | None]:
     """The name to show for a path, package or Hub id, and the Hub id if it is one; no path of this machine is shown."""
     written = source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source
-    local = written or Path(source).exists() or Path(source).suffix in _DATA_FILES
+    local = written or Path(source).exists() or suffix(source) is not None
     return (Path(source).stem or "?", None) if local and source else (source, source if "/" in source else None)
 
 

@@ -89,7 +89,7 @@ class TrainPart(_Part):
     @classmethod
     def _positive(cls, temperature: float | Schedule) -> float | Schedule:
         if not min(value_at(temperature, 0.0), value_at(temperature, 1.0)) > 0:
-            raise RecipeError("train.surrogate_temperature: a surrogate of no width has no gradient; stay above 0")
+            raise RecipeError("a surrogate of no width has no gradient; stay above 0")
         return temperature
 
     @field_validator("tracker")

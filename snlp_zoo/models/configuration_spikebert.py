@@ -19,7 +19,8 @@ class SpikeBertConfig(SpikingConfig):
 
     Args beyond BERT's (there is no dropout inside the encoder; `hidden_dropout_prob` is that of the classifier):
         time_steps: T, spike-time steps per token.
-        neuron: "lif", "if", "plif" (learned leak) or "ternary" ({-a, 0, a}, a learned); see `layers.make_neuron`.
+        neuron: "lif", "if", "plif" (learned leak) or "ternary" ({-a, 0, a}); see `layers.make_neuron`. Ternary
+            neurons learn a where nothing but a linear layer takes their spikes, elsewhere it is 1.
         tau: membrane time constant in time steps, > 1. Large against T it silences the network: a constant current x
             fires only if x (1 - (1 - 1 / tau)^T) reaches v_threshold.
         v_threshold: firing threshold, unit of v; half of it after attention.
@@ -34,6 +35,7 @@ class SpikeBertConfig(SpikingConfig):
     model_type = "spikebert"
 
     vocab_size: int = 28996
+    num_attention_heads: int = 8
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     layer_norm_eps: float = 1e-5

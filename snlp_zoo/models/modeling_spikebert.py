@@ -2,7 +2,8 @@
 
     ids -> embed -> binarise -> repeat over T -> [attention -> MLP] * L -> norm -> means over T and N -> head
 Every linear layer is followed by a norm and a neuron, so attention and MLP give spikes; the residual stream sums them:
-after l blocks its entries are whole numbers from 0 to 1 + 2 l. No softmax, no GELU. Real: norms, last norm, head.
+after l blocks its entries are whole numbers from 0 (of ternary spikes from -2 l) to 1 + 2 l. No softmax, no GELU. Real:
+norms, last norm, head.
 Differs from the authors' code: padding neither attends nor is pooled, and positions are learned, added before the
 embeddings become spikes; small embeddings to start with, so that their signs can change. `fidelity="released"` is
 theirs.
@@ -18,8 +19,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple
 
-from snlp_zoo.layers import Direct, LIFNode, make_linear, make_neuron
-from snlp_zoo.layers.attention import ATTENTIONS, MakeLinear, SpikingProjection, SpikingSelfAttention
+from snlp_zoo.layers import Direct, LIFNode, make_attention, make_linear, make_neuron
+from snlp_zoo.layers.attention import MakeLinear, SpikingProjection, SpikingSelfAttention
 from snlp_zoo.layers.firing import firing_rates_recorded
 from snlp_zoo.layers.neurons import BaseNode
 from snlp_zoo.models.base import (
@@ -36,8 +37,12 @@ def _linear(config: SpikeBertConfig) -> MakeLinear:
     return partial(make_linear, bits=config.weight_bits, packed=config.packed)
 
 
-def _neuron(config: SpikeBertConfig, share: float) -> BaseNode:
-    """A neuron that fires at this share of the model's threshold."""
+def _neuron(config: SpikeBertConfig, share: float, feeds_linear: bool = False) -> BaseNode:
+    """A neuron that fires at this share of the model's threshold.
+
+    The residual stream counts spikes, and attention multiplies them: only where a linear layer takes them alone may a
+    ternary amplitude be learned, and later be folded into its weights.
+    """
     options: dict[str, Any] = {
         "v_threshold": share * config.v_threshold,
         "surrogate_function": config.surrogate,
@@ -45,11 +50,16 @@ def _neuron(config: SpikeBertConfig, share: float) -> BaseNode:
         "backend": config.neuron_backend,
     }
     tau = {"lif": "tau", "ternary": "tau", "plif": "init_tau"}.get(config.neuron)
-    return make_neuron(config.neuron, **options | ({tau: float(config.tau)} if tau else {}))
+    if tau:
+        options[tau] = float(config.tau)
+    if config.neuron == "ternary":
+        options["learn_amplitude"] = feeds_linear
+    return make_neuron(config.neuron, **options)
 
 
-def _projection(config: SpikeBertConfig, inputs: int, outputs: int) -> SpikingProjection:
-    return SpikingProjection(inputs, outputs, _linear(config), partial(_neuron, config), config.layer_norm_eps)
+def _projection(config: SpikeBertConfig, inputs: int, outputs: int, feeds_linear: bool = False) -> SpikingProjection:
+    neuron = partial(_neuron, config, feeds_linear=feeds_linear)
+    return SpikingProjection(inputs, outputs, _linear(config), neuron, config.layer_norm_eps)
 
 
 class SpikeBertEmbeddings(nn.Module):
@@ -75,7 +85,7 @@ class SpikeBertMLP(nn.Module):
 
     def __init__(self, config: SpikeBertConfig) -> None:
         super().__init__()
-        self.up = _projection(config, config.hidden_size, config.intermediate_size)
+        self.up = _projection(config, config.hidden_size, config.intermediate_size, feeds_linear=True)
         self.down = _projection(config, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +95,8 @@ class SpikeBertMLP(nn.Module):
 class SpikeBertBlock(GradientCheckpointingLayer):
     def __init__(self, config: SpikeBertConfig) -> None:
         super().__init__()
-        attention = ATTENTIONS[config.attention](config.num_attention_heads, partial(_neuron, config))
+        mixed = partial(_neuron, config, feeds_linear=True)
+        attention = make_attention(config.attention, config.num_attention_heads, mixed)
         options = (_linear(config), partial(_neuron, config), config.layer_norm_eps)
         self.attention = SpikingSelfAttention(config.hidden_size, attention, *options)
         self.mlp = SpikeBertMLP(config)

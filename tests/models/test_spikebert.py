@@ -6,6 +6,8 @@ from spikingjelly.activation_based.neuron import LIFNode as TheirLIF
 from torch.nn.functional import layer_norm, linear
 from transformers import BertConfig, BertModel
 
+from snlp_zoo.energy import estimate, verify_spikes
+from snlp_zoo.layers import TernaryLIFNode, fold_amplitude
 from snlp_zoo.models.configuration_spikebert import SpikeBertConfig
 from snlp_zoo.models.modeling_spikebert import SpikeBertForSequenceClassification, SpikeBertModel
 from snlp_zoo.registry import build
@@ -31,6 +33,7 @@ def test_published_sizes():
         model = build("spikebert_12l")
         shallow = build("spikebert_12l", num_hidden_layers=6)
     assert parameters(model) == 107_455_490
+    assert (model.config.num_attention_heads, model.config.num_hidden_layers, model.config.time_steps) == (8, 12, 4)
     assert parameters(shallow) == 64_863_746
     assert parameters(model.base_model.layers[0]) == 7_098_624
 
@@ -201,3 +204,23 @@ def test_encoder_alone_is_the_same():
     with torch.no_grad():
         pooled = encoder.eval()(ids()).pooler_output
         torch.testing.assert_close(head.classifier(pooled), head(ids()).logits)
+
+
+def test_ternary_spikes_stay_whole_in_the_residual_stream_and_fold():
+    """Amplitudes are learned where a linear layer takes them, and only there: trained models stay spike-driven."""
+    model = make(neuron="ternary")
+    nodes = {name: node for name, node in model.named_modules() if isinstance(node, TernaryLIFNode)}
+    learned = {name for name, node in nodes.items() if isinstance(node.amplitude, torch.nn.Parameter)}
+    assert {name.partition("layers.")[2][2:] for name in learned} == {"attention.attention.neuron", "mlp.up.neuron"}
+    with torch.no_grad():
+        for i, name in enumerate(sorted(learned)):
+            nodes[name].amplitude.fill_(0.7 + 0.2 * i)
+    batch = {"input_ids": ids()}
+    found = verify_spikes(model, batch)
+    assert found.ok, found.failures
+    assert found.spike_driven_fraction > 0.999
+    with torch.no_grad():
+        before = model(**batch).logits
+        torch.testing.assert_close(fold_amplitude(model)(**batch).logits, before, rtol=0, atol=1e-5)
+    amplitudes = [row for row in estimate(model, batch).layers if row["role"] == "amplitude"]
+    assert amplitudes == []

@@ -82,6 +82,13 @@ def resolve(backend: str, tensor: Tensor, op: str) -> str:
     return backend
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of x in a product, and of that: autocast's where it is on, but float64 stays."""
+    device = x.device.type
+    cast = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
 def step_major(x: Tensor) -> Tensor:
     """x [T, ...] with every time step contiguous, copied only if it is not; the stride over T may be anything."""
     return x if x[0].is_contiguous() else x.contiguous()

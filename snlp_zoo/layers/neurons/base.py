@@ -36,13 +36,6 @@ def _translate(function: "str | Surrogate | surrogate.SurrogateFunctionBase") ->
     return Surrogate(name, getattr(function, "alpha", None))
 
 
-def spike_dtype(current: Tensor) -> torch.dtype:
-    """Under autocast spikes are written in its dtype at once: the product that follows would cast them."""
-    device = current.device.type
-    enabled = current.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled else current.dtype
-
-
 class ExplicitState(neuron.BaseNode):
     """What all our nodes share: calls from rest, float32 membranes, single steps as multi-steps of length one."""
 

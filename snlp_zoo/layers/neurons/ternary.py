@@ -7,9 +7,9 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
-from snlp_zoo.layers.neurons.base import Surrogated, spike_dtype
-from snlp_zoo.ops import ternary_lif
-from snlp_zoo.ops.ternary_lif import ternary_membranes
+from snlp_zoo.layers.neurons.base import Surrogated
+from snlp_zoo.ops.backend import product_dtype
+from snlp_zoo.ops.ternary_lif import ternary_lif, ternary_membranes
 
 Threshold = float | Sequence[float] | Tensor
 
@@ -128,7 +128,7 @@ class TernaryLIFNode(Surrogated, neuron.BaseNode):
             amplitude = amplitude[[(step + t) % self.time_steps for t in range(len(current))]]
             middle = current.ndim - 1 - bool(self.channels)
             amplitude = amplitude.view(len(current), *(1,) * middle, *amplitude.shape[1:])
-        return (signs * amplitude).to(spike_dtype(current)), v
+        return (signs * amplitude).to(product_dtype(current)), v
 
     def membranes(self, current: Tensor, v: Tensor | None, step: int = 0) -> Tensor:
         return ternary_membranes(current, v, **self._dynamics())

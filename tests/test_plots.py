@@ -37,8 +37,10 @@ def test_recorded_membranes_fire_where_they_reach_their_threshold(model):
 
 
 def test_recording_leaves_the_model_as_it_was(model):
-    model.train()
+    *_, frozen = model.train().modules()
+    frozen.eval()
     record(model, BATCH)
+    assert [m for m in model.modules() if not m.training] == [frozen]
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from snlp_zoo.energy.report import split_texts
 from snlp_zoo.layers.firing import membranes_watched
 from snlp_zoo.layers.neurons import ElasticBiSpike, ExplicitState, Surrogated, TernaryLIFNode
+from snlp_zoo.layers.watching import evaluating
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,8 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Recorded]:
         membranes, threshold = _in_thresholds(node, membranes, step)
         kept.setdefault(name, []).append((spikes.flatten(1, -3), membranes.flatten(1, -3), threshold))
 
-    was_training = model.training
-    try:
-        with membranes_watched(model, receive):
-            model.eval()(**next(split_texts(batch)))
-    finally:
-        model.train(was_training)
+    with evaluating(model), membranes_watched(model, receive):
+        model(**next(split_texts(batch)))
     found = {}
     for name, parts in kept.items():
         spikes, membranes, threshold = (torch.cat(pieces) for pieces in zip(*parts, strict=True))

@@ -8,7 +8,7 @@ import torch
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 
-from snlp_zoo.ops import Surrogate
+from snlp_zoo.ops.surrogates import Surrogate
 
 BaseNode = neuron.BaseNode  # what every spiking neuron is, ours and theirs
 # share of its peak below which a surrogate's derivative counts as none: bfloat16 tells numbers apart by 0.4 to 0.8 %,

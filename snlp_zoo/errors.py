@@ -48,7 +48,7 @@ class ConvergenceError(SnlpError, ArithmeticError):
 
 
 class EnergyError(SnlpError, ValueError):
-    """An energy estimate cannot be made: nothing spikes, an operation has no price, spikes are none, a cost is bad."""
+    """An estimate or a figure cannot be made: nothing spikes, no price, spikes are none, a bad cost, no matplotlib."""
 
 
 class FoldError(SnlpError, ValueError):

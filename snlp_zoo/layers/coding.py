@@ -1,4 +1,4 @@
-"""Codes of values as spikes: the only place where the spike-time axis T is created or removed. T is always axis 0.
+"""Codes of values as spikes: `encode` adds the spike-time axis T, `decode` takes it away. T is always axis 0.
 
     code                    values              spikes of z in [0, 1], T steps        levels
     Direct                  any                 the value itself, T times             -

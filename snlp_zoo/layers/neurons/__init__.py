@@ -1,4 +1,4 @@
-"""SpikingJelly's neurons on our backends, and the neurons it lacks; with `energy/`, its only door.
+"""SpikingJelly's neurons on our backends, and the neurons it lacks; with `energy/` and `bench.py`, its only doors.
 
 Every class here is a SpikingJelly neuron: step modes 's' and 'm', `functional.reset_net`, monitors and counters work on
 it, and it fits into any SpikingJelly network. Three ways to call one:

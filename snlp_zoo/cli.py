@@ -276,4 +276,4 @@ def doctor(json_: JsonFlag = False) -> None:
         raise typer.Exit(1)
 
 
-app.registered_commands += cli_energy.app.registered_commands
+app.add_typer(cli_energy.app)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 app = typer.Typer()
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-ModelArgument = Annotated[str, typer.Argument(help="A saved folder, or a zoo entry (untrained: random weights).")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A saved folder, user/name on the Hub, or a zoo entry (untrained: random weights).")
+]
 TextsOption = Annotated[list[str] | None, typer.Option("--text", help="A text to run; may be repeated.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="A .tsv, .csv, .jsonl or .txt file of texts to run.")]
 ColumnOption = Annotated[str, typer.Option("--column", help="Column of the text in --data.")]
@@ -109,15 +111,15 @@ def pareto(
 ) -> None:
     """Accuracy, energy and latency at several T and thresholds: one table, one figure."""
     quiet_transformers()
+    from snlp_zoo import hub, registry
     from snlp_zoo import plots as figures
-    from snlp_zoo import registry
     from snlp_zoo.data import read_set
     from snlp_zoo.pareto import front
     from snlp_zoo.pareto import pareto as run
 
     if output is not None:
         figures.check_ending(output)  # before hours of work
-    folder = registry.find_checkpoint(path_or_entry)
+    folder = hub.find_checkpoint(path_or_entry)
     model, tokenizer = registry.load_classifier(folder), registry.load_tokenizer(folder)
     texts = read_set(data, text=text, label=label, label_names=model.config.label_names).subset(limit, seed=0)
     options: dict[str, Any] = {
@@ -200,13 +202,14 @@ def _model_and_batch(
     quiet_transformers()
     import torch
 
-    from snlp_zoo import registry
+    from snlp_zoo import hub, registry
     from snlp_zoo.data import read_set
+    from snlp_zoo.data.batches import longest, model_inputs
     from snlp_zoo.errors import CheckpointError
 
     tokenizer = None
     try:
-        folder = registry.find_checkpoint(path_or_entry)
+        folder = hub.find_checkpoint(path_or_entry)
     except CheckpointError:
         if path_or_entry not in registry.list_entries():
             raise
@@ -220,15 +223,17 @@ def _model_and_batch(
         raise EnergyError("--text is empty; give it at least one word")
     if data is not None:
         texts = [*(texts or []), *read_set(data, text=column, label=None).texts[:limit]]
-    longest = model.config.max_position_embeddings
     if texts:
         if tokenizer is None:
             raise EnergyError(f"{path_or_entry} has no tokenizer for texts; leave --text and --data out")
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        return model, {key: batch[key] for key in ("input_ids", "attention_mask")}, tokenizer
+        batch = tokenizer(
+            texts, padding=True, truncation=True, max_length=longest(tokenizer, model.config), return_tensors="pt"
+        )
+        return model, model_inputs(batch), tokenizer
     generator = torch.Generator().manual_seed(0)
     first = min(5, model.config.vocab_size - 1)
-    ids = torch.randint(first, model.config.vocab_size, (1, min(length, longest)), generator=generator)
+    length = min(length, model.config.max_position_embeddings)
+    ids = torch.randint(first, model.config.vocab_size, (1, length), generator=generator)
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokenizer
 
 

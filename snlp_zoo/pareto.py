@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snlp_zoo.data import TextSet
-from snlp_zoo.data.batches import loader, tokenise
+from snlp_zoo.data.batches import loader, longest, model_inputs, tokenise
 from snlp_zoo.energy import CostTable, Memory, estimate
 from snlp_zoo.errors import EnergyError
 from snlp_zoo.layers import ElasticBiSpike
@@ -65,16 +65,15 @@ def pareto(
         time_steps, threshold, accuracy, firing_rate, pj_per_token, ratio (dense_fp32 with memory / spiking),
         spike_driven_fraction, ms_per_text (this machine's, in batches).
     """
-    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    limit = longest(tokenizer, model.config)
     tokens = tokenise(tokenizer, texts, limit)
     batches = list(loader(tokens, tokenizer, batch_size, shuffle=False, drop_last=False))
     counted = tokenise(tokenizer, texts.take(list(range(min(ENERGY_TEXTS, len(texts))))), limit)
     (sample,) = loader(counted, tokenizer, ENERGY_TEXTS, shuffle=False, drop_last=False)
-    names = ("input_ids", "attention_mask", "token_type_ids")
     for steps in time_steps:
         for threshold in thresholds:
             candidate = varied(model, steps, threshold)
-            report = estimate(candidate, {k: sample[k] for k in names if k in sample}, costs=costs, memory=memory)
+            report = estimate(candidate, model_inputs(sample), costs=costs, memory=memory)
             yield {
                 "time_steps": steps,
                 "threshold": threshold,
@@ -90,7 +89,7 @@ def _score(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], texts
     right, seconds = 0, 0.0
     fired: list[float] = []
     for batch in batches:
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        inputs = model_inputs(batch)
         fired.append(float(model(**inputs, output_spike_rates=True).firing_rate) * len(batch["labels"]))
         started = time.perf_counter()
         output = model(**inputs)

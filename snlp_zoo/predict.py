@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from snlp_zoo import hub, registry
+from snlp_zoo.data.batches import longest, model_inputs
 from snlp_zoo.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,14 @@ def predict(
     folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
     model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)
-    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    limit = longest(tokenizer, model.config)
     predictions = []
     for number, text in enumerate(texts, start=1):
         length = len(tokenizer(text, verbose=False)["input_ids"])
         if length > limit:
             logger.warning("text %d has %d tokens and was cut at %d", number, length, limit)
         inputs = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
-        output = model(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, output_spike_rates=True)
+        output = model(**model_inputs(inputs), output_spike_rates=True)
         logits = output.logits[0]
         best = int(logits.argmax())
         score = (logits if len(logits) == 1 else logits.softmax(-1))[best].item()

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from snlp_zoo.cli import app
 from snlp_zoo.energy.report import STATEMENT
-from snlp_zoo.errors import CheckpointError, EnergyError
+from snlp_zoo.errors import CheckpointError, EnergyError, HubError
 from snlp_zoo.registry import build
 
 runner = CliRunner()
@@ -98,6 +98,8 @@ def test_plots_are_written(trained):
     ("arguments", "error", "expected"),
     [
         (("energy", "spikelm_tinny"), CheckpointError, "did you mean"),
+        (("energy", "nobody/model"), HubError, "no folder and no zoo entry called 'nobody/model'"),
+        (("pareto", "nobody/model", "--data", "test.tsv"), HubError, "no folder and no zoo entry"),
         (("energy", "spikelm_tiny", "--text", "a film"), EnergyError, "has no tokenizer"),
         (("energy", "spikelm_tiny", "--costs", "horowitz"), EnergyError, "unknown cost table"),
         (("pareto", "model", "--data", "test.tsv", "--time-steps", "1,two"), EnergyError, "--time-steps takes numbers"),

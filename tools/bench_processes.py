@@ -148,8 +148,8 @@ def work(options: argparse.Namespace) -> None:
 def reverse_rows() -> None:
     from snlp_zoo.train import loop
 
-    in_order = loop._own_rows
-    loop._own_rows = lambda *batch: {key: rows.flip(0) for key, rows in in_order(*batch).items()}
+    in_order = loop.own_rows
+    loop.own_rows = lambda *batch: {key: rows.flip(0) for key, rows in in_order(*batch).items()}
 
 
 def resume(options: argparse.Namespace, folder: Path, trainer: Any) -> None:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import snlp_zoo
-from snlp_zoo.layers import ElasticBiSpike, SpikingLinear, neurons
+from snlp_zoo.layers import ElasticBiSpike, SpikingLinear
+from snlp_zoo.layers.neurons import elastic
 from snlp_zoo.ops import BiSpikeOutput
 from snlp_zoo.ops.bispike import elastic_bispike_reference
 
@@ -36,9 +37,9 @@ def _loop(current, v, alpha, *, beta, reset, spike_dtype=None, **_):
 @contextmanager
 def variant(name: str) -> Iterator[None]:
     """The package as it is, or with its neurons replaced."""
-    saved = neurons.elastic_bispike, ElasticBiSpike.forward, SpikingLinear.forward
+    saved = elastic.elastic_bispike, ElasticBiSpike.forward, SpikingLinear.forward
     if name != "kernels":
-        neurons.elastic_bispike = _loop
+        elastic.elastic_bispike = _loop
         SpikingLinear.forward = lambda self, x, mask=None: nn.Linear.forward(
             self, self.neuron(x, from_rest=True, mask=mask)
         )
@@ -47,7 +48,7 @@ def variant(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        neurons.elastic_bispike, ElasticBiSpike.forward, SpikingLinear.forward = saved
+        elastic.elastic_bispike, ElasticBiSpike.forward, SpikingLinear.forward = saved
 
 
 def make_step(name: str, time_steps: int, mode: str) -> Callable[[], torch.Tensor]:

@@ -12,12 +12,13 @@ import torch
 
 from snlp_zoo import registry
 from snlp_zoo.data import read_set
+from snlp_zoo.data.batches import longest, model_inputs
 from snlp_zoo.energy import EnergyReport, estimate
 from snlp_zoo.energy.claims import Found, ledger
 from snlp_zoo.energy.report import STATEMENT
 
 PAGE = Path(__file__).parent.parent / "snlp_zoo" / "energy" / "claims.md"
-SYSTEMS = {"spikelm": "SpikeLM", "spikingbert": "SpikingBERT"}
+SYSTEMS = {"spikelm": "SpikeLM", "spikingbert": "SpikingBERT", "spikebert": "SpikeBERT"}
 
 
 def summary(entry: str, data: str, report: EnergyReport) -> Found:
@@ -33,9 +34,9 @@ def measure(run: str, data: str, limit: int) -> tuple[str, Found]:
     folder = registry.find_checkpoint(run)
     model, tokenizer = registry.load(folder), registry.load_tokenizer(folder)
     texts = read_set(data, label=None).texts[:limit]
-    length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    length = longest(tokenizer, model.config)
     batch = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-    report = estimate(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
+    report = estimate(model, model_inputs(batch))
     recipe = folder.parent / "recipe.yaml"
     name = registry.read_yaml(recipe)["name"] if recipe.is_file() else Path(run).resolve().name
     return SYSTEMS[model.config.model_type], summary(name, f"{limit} texts of {Path(data).name}", report)

@@ -29,7 +29,8 @@ class Words:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         special = set(tokenizer.all_special_tokens)
-        marked = any(token.startswith(_WORD_STARTS) for token in tokens if token not in special)
+        pieces = any(token.startswith("##") for token in tokens)
+        marked = not pieces and any(token.startswith(_WORD_STARTS) for token in tokens if token not in special)
         bare = [token.removeprefix("##").lstrip("".join(_WORD_STARTS)) for token in tokens]
         starts = [token.startswith(_WORD_STARTS) if marked else not token.startswith("##") for token in tokens]
         known = [token not in special for token in tokens]

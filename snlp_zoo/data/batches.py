@@ -1,9 +1,9 @@
 """Token ids and padded batches. Shapes: B examples of a batch, N tokens of its longest example."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,17 @@ from snlp_zoo.data.text import TextSet
 from snlp_zoo.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch a model is fed: not labels, not numbers of examples."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+
+def longest(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> int:
+    """The most tokens per text that the tokenizer and the model take."""
+    return min(tokenizer.model_max_length, config.max_position_embeddings)
 
 
 @dataclass(frozen=True)

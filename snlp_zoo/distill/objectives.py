@@ -6,9 +6,10 @@ Outputs have `logits` ([B, C], or [B, N, V] per token), `hidden_states` (L + 1 t
 tokens that are not padding), computed in float32. Those that compare logits are in `divergences`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import signature
-from typing import Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,28 @@ OBJECTIVES: dict[str, Objective] = {
     "attention_score_mse": Objective(attention_score_mse, "pair", ("attention_scores",)),
     "spike_rate": Objective(spike_rate, "token", ("spike_rates",), needs_teacher=False),
 }
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Try an objective with these options on two made-up texts, so that what is wrong shows before anything is trained.
+
+    Raises:
+        RecipeError: an option is of the wrong kind or out of range.
+    """
+    states, scores = torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(2, 1, 3, 3)
+    outputs = SimpleNamespace(
+        logits=torch.tensor([[0.0, 1.0], [2.0, 1.0]]),
+        hidden_states=(states, states),
+        attentions=(scores,),
+        attention_scores=(scores,),
+        embedding_table=states[0],
+        spike_rates={"neuron": states.mean((1, 2))},
+    )
+    batch = {"attention_mask": torch.ones(2, 3), "labels": torch.tensor([0, 1])}
+    try:
+        OBJECTIVES[name].function(outputs, outputs, batch, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"objectives.{name}: {' '.join(str(error).split())}") from error
 
 
 def count_units(unit: str, batch: Batch, *, per_token: bool = False) -> Tensor:

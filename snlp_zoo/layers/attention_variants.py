@@ -65,15 +65,16 @@ class HeadShare(nn.Module):
         if len(shares) != num_heads or not inside:
             bounds = "strictly between 0 and 1 where learned" if learnable else "from 0 to 1"
             raise ValueError(f"{what} is one number, or one for each of {num_heads} heads, {bounds}; got {share}")
-        made = torch.tensor(shares).view(-1, 1, 1)
+        made = torch.tensor(shares, dtype=torch.float32)
         self.learnable = learnable
         if learnable:
             self.logit = nn.Parameter(made.logit())
         else:
             self.register_buffer("share", made)
+        self.fresh = {"logit": made.logit().tolist()} if learnable else {"share": made.tolist()}
 
     def forward(self) -> Tensor:
-        return self.logit.sigmoid() if self.learnable else self.share
+        return (self.logit.sigmoid() if self.learnable else self.share).view(-1, 1, 1)
 
 
 class SpikingAttention(nn.Module):
@@ -117,14 +118,16 @@ class SpikingAttention(nn.Module):
         """
         own = torch.eye(query.shape[2], dtype=query.dtype, device=query.device).expand(*query.shape[:2], -1, -1)
         own, counts = self._masked(own, mask)  # values that show which tokens they came from
-        return self.mix(self._split(query), self._split(key), own.unsqueeze(2), counts)
+        return self.expected(self._split(query), self._split(key), own.unsqueeze(2), counts)
 
     def state(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> State:
         """The state behind the last of these tokens, key and value spikes [T, B, N, D], from which `step` goes on."""
         value, counts = self._masked(value, mask)
         key, value = (self._split(x).to(_full(x)) for x in (key, value))
         end = counts[..., -1:, :]
-        return self.remember(key, self.faded(value, end - counts)), end.expand(value.shape[1], -1, -1, -1)
+        with torch.autocast(key.device.type, enabled=False):  # sums over all tokens before, in float32
+            memory = self.remember(key, self.faded(value, end - counts))
+        return memory, end.expand(value.shape[1], -1, -1, -1)
 
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, state: State | None = None, mask: Tensor | None = None
@@ -146,9 +149,10 @@ class SpikingAttention(nn.Module):
             raise ValueError(f"{type(self).__name__}.step needs causal=True: without, a token attends to later ones")
         query, key, value = (x.unsqueeze(2) for x in (query, key, value))
         memory, count = self.state(key, value, None if mask is None else mask.unsqueeze(1))
-        if state is not None:
-            memory, count = self.faded(state[0], count) + memory, state[1] + count
-        mixed = self.recall(self._split(query).to(memory.dtype), memory, count)
+        with torch.autocast(query.device.type, enabled=False):
+            if state is not None:
+                memory, count = self.faded(state[0], count) + memory, state[1] + count
+            mixed = self.recall(self._split(query).to(memory.dtype), memory, count)
         return self.fire(mixed, query, count).squeeze(2), (memory, count)
 
     def _masked(self, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,6 +175,10 @@ class SpikingAttention(nn.Module):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor) -> Tensor:
         """query, key, value [T, B, H, N, E], counts [B or 1, 1, N, 1] of real tokens up to each -> mixed currents."""
         raise NotImplementedError
+
+    def expected(self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor) -> Tensor:
+        """`mix`, or its mean where that draws."""
+        return self.mix(query, key, value, counts)
 
     def remember(self, key: Tensor, value: Tensor) -> Tensor:
         """key and value of some tokens, [T, B, H, N, E] -> what they add to the memory."""
@@ -323,14 +331,18 @@ class StochasticAttention(SpikingAttention):
         self.score_neuron = BernoulliNode(draws) if draws == "always" else None  # a neuron must fire in every mode
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor) -> Tensor:
-        share = self.attended(query, counts).reciprocal()
         if not self.neuron.drawing:
-            return mix(query, key, value, counts, self.causal) * (share / query.shape[-1])
+            return self.expected(query, key, value, counts)
+        share = self.attended(query, counts).reciprocal()
         scores = query @ key.mT * (1 / query.shape[-1])
         scores = scores.tril() if self.causal else scores
         node = self.score_neuron
         drawn = draw(scores) if node is None else self._split(node(_merge(scores), from_rest=True))
         return drawn @ value * share
+
+    def expected(self, query: Tensor, key: Tensor, value: Tensor, counts: Tensor) -> Tensor:
+        share = self.attended(query, counts).reciprocal() / query.shape[-1]
+        return mix(query, key, value, counts, self.causal) * share
 
     def fire(self, mixed: Tensor, query: Tensor, counts: Tensor) -> Tensor:
         return self.neuron(_merge(mixed), from_rest=True, counts=counts.squeeze(1)).to(query.dtype)

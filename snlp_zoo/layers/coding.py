@@ -121,19 +121,23 @@ class Bernoulli(Coding):
 class Poisson(Bernoulli):
     """Bins of a Poisson process of rate z per bin, a spike where there was at least one event: p = 1 - exp(-z).
 
-    Decoding is the maximum-likelihood rate in [0, 1], min(-log(1 - mean), 1).
+    Decoding is the maximum-likelihood rate in [0, 1], min(-log(1 - mean), 1): of large rates a little too small.
     """
 
     def decode(self, spikes: Tensor) -> Tensor:
         mean = super().decode(spikes)
-        return -torch.log1p(-mean.clamp_max(-torch.expm1(-torch.ones_like(mean))))
+        rate = -torch.log1p(-mean.detach().clamp_max(-torch.expm1(-torch.ones_like(mean))))
+        return rate + (mean - mean.detach()) * rate.exp()  # the slope where it is cut at 1, too
 
     def _expected(self, z: Tensor) -> Tensor:
         return -torch.expm1(-z)
 
 
 class TimeToFirstSpike(Coding):
-    """One spike at step ceil((1 - z) (T - 1)), 0 the first; none where z is 0. A train's later spikes are ignored."""
+    """One spike at step ceil((1 - z) (T - 1)), 0 the first; none where z is 0. A train's later spikes are ignored.
+
+    With T = 1 every positive value is 1.
+    """
 
     def __init__(self, time_steps: int) -> None:
         super().__init__(time_steps)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snlp_zoo.layers.neurons import BaseNode, ExplicitState
+from snlp_zoo.layers.neurons import BaseNode, ExplicitState, TernaryLIFNode
 from snlp_zoo.layers.watching import hooked
 
 Receive = Callable[[str, ExplicitState, Tensor, Tensor, int], None]
@@ -35,7 +35,9 @@ class _Fired(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         per_step = (grad / ctx.amplitude).view(-1, *(1,) * (len(ctx.shape) - 1))
-        return (per_step * ctx.slope).expand(ctx.shape).to(ctx.dtype), None, None
+        slope = per_step * ctx.slope
+        whole = torch.broadcast_shapes(slope.shape, ctx.shape)  # one neuron may stand for all tokens
+        return slope.expand(whole).sum_to_size(ctx.shape).to(ctx.dtype), None, None
 
 
 class FiringRates:
@@ -90,6 +92,8 @@ def firing_rates_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) ->
         def hook(module: nn.Module, inputs: tuple, spikes: Tensor) -> None:
             if thread is None or get_ident() == thread:  # not another thread's forward through the same model
                 unsigned = getattr(module, "spike_kind", None) in ("binary", "scaled")
+                if isinstance(module, TernaryLIFNode):  # how often it fires has nothing to do with its amplitude
+                    spikes = module.signs(spikes)
                 rates.add(name, spikes, mask, unsigned)
 
         return hook

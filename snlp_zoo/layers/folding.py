@@ -206,7 +206,8 @@ def fold_amplitude(model: AnyModule, **batch: Any) -> AnyModule:
     Args:
         model: with `TernaryLIFNode` neurons that feed nothing but `torch.nn.Linear` and `BitLinear`, at most reshaped,
             reordered, split or joined on the way.
-        batch: example inputs, model(**batch); without any, a transformers model gets input_ids of ones.
+        batch: example inputs, model(**batch), which must run every layer that these neurons feed; without any, a
+            transformers model gets input_ids of ones.
     Returns:
         The model.
     Raises:
@@ -234,6 +235,7 @@ def fold_amplitude(model: AnyModule, **batch: Any) -> AnyModule:
         raise FoldError(f"amplitudes cannot be folded exactly, and none was: {listed}")
     for layer, inputs in fed.items():
         _absorb(layer, _rows(inputs)[0])
-    for name in amplitudes:
-        cast(TernaryLIFNode, model.get_submodule(name)).amplitude.requires_grad_(False).fill_(1)
+    for node in model.modules():
+        if isinstance(node, TernaryLIFNode):
+            node.amplitude.requires_grad_(False).fill_(1)
     return model

@@ -56,7 +56,10 @@ _WHY_SATURATED = "The usual cause is a v_threshold (or firing_k) that is small a
 
 def _why_silent(config: Any) -> str:
     here, tau, steps = "", getattr(config, "tau", None), config.time_steps
-    if tau:
+    kind = getattr(config, "neuron", "lif")
+    if not tau or kind == "if":  # there is no leak to choose
+        return "The usual cause is a v_threshold (or firing_k) that is large against the currents: lower it"
+    if kind != "plif":  # which has learned another tau since
         here = f" (tau {tau:g} and T {steps} ask for x >= {1 / (1 - (1 - 1 / tau) ** steps):.2g} v_threshold)"
     return (
         "The usual cause is a tau large against T: where the input decays too, a constant current x reaches "

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from snlp_zoo import registry
 from snlp_zoo.distill.matching import LAYER_MAPS
-from snlp_zoo.distill.objectives import OBJECTIVES
+from snlp_zoo.distill.objectives import OBJECTIVES, check_options
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.train.schedules import Schedule, Scheduled, value_at
 
@@ -89,7 +89,7 @@ class TrainPart(_Part):
     @classmethod
     def _positive(cls, temperature: float | Schedule) -> float | Schedule:
         if not min(value_at(temperature, 0.0), value_at(temperature, 1.0)) > 0:
-            raise RecipeError("train.surrogate_temperature: a surrogate of no width has no gradient; stay above 0")
+            raise RecipeError("a surrogate of no width has no gradient; stay above 0")
         return temperature
 
     @field_validator("tracker")
@@ -188,6 +188,7 @@ class Recipe(_Part):
             for option in part.model_extra or {}:
                 if option not in OBJECTIVES[name].options():
                     raise registry.unknown(f"option of {name}", option, ["weight", *OBJECTIVES[name].options()])
+            check_options(name, part.model_extra or {})
         return self
 
 
@@ -309,6 +310,11 @@ def _set(content: dict[str, Any], override: str) -> None:
             raise registry.unknown("stage, in --set stages.<stage>.<key>=<value>,", name, names)
         content["stages"] = [dict(stage) for stage in content["stages"]]
         return _set(content["stages"][names.index(name)], f"{rest}={value}")
+    stages = content.get("stages") or []
+    if path.startswith("objectives") and stages and _named(stages):
+        own = [f"stages.{stage['name']}.{path}" for stage in stages if "objectives" in stage]
+        if len(own) == len(stages):
+            raise RecipeError(f"--set {path}: every stage has objectives of its own; use --set {own[-1]}={value}")
     *parents, last = path.split(".")
     for parent in parents:
         child = content.get(parent)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from snlp_zoo import hub, registry
 from snlp_zoo.data import TextSet, load_splits, read_set
-from snlp_zoo.data.batches import loader, tokenise
+from snlp_zoo.data.batches import loader, longest, tokenise
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError
@@ -301,7 +301,7 @@ def evaluate_checkpoint(
         texts = read_set(data, regression=names is None, **columns)
     else:
         texts = load_splits(data, **columns).test
-    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    limit = longest(tokenizer, model.config)
     tokens = tokenise(tokenizer, texts, limit)
     if tokens.truncated:
         logger.warning("%d of %d texts were cut at %d tokens", tokens.truncated, len(tokens), limit)

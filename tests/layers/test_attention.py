@@ -561,3 +561,21 @@ def test_weights_times_values_are_what_is_mixed(variant, causal):
     heads = value.unflatten(-1, (H, -1)).transpose(-2, -3)
     mixed = (weights @ heads.to(weights.dtype)).transpose(-2, -3).flatten(-2)
     torch.testing.assert_close(mixed.to(seen_current[0].dtype), seen_current[0])
+
+
+def test_memories_are_float32_under_autocast():
+    """A sum over 600 tokens, of which bfloat16 would keep 256."""
+    attention = build("ssa", causal=True).float().eval()
+    ones = torch.ones(1, 1, 600, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        memory, _ = state = attention.state(ones, ones)
+        later, _ = attention.step(ones[:, :, 0], ones[:, :, 0], ones[:, :, 0], state)[1]
+    assert (memory.dtype, later.dtype) == (torch.float32, torch.float32)
+    assert memory.unique().tolist() == [600.0]
+    assert later.unique().tolist() == [601.0]
+
+
+def test_weights_of_what_draws_are_expectations():
+    attention = build("stochastic").train()
+    query, key, _ = qkv(2, 2, 7, D)
+    assert torch.equal(attention.weights(query, key), attention.eval().weights(query, key))

@@ -239,3 +239,24 @@ def test_effective_domain_of_every_layer_while_training(entry):
     sites = model.eval()(ids, mask, output_spike_rates=True).spike_rates
     assert seen.keys() == set(sites)
     assert all(0 < share <= 1 and share.ndim == 0 and not share.requires_grad for share in seen.values())
+
+
+def test_a_rate_has_no_gradient_for_a_ternary_amplitude():
+    """Nor does its value depend on it."""
+    for options in ({}, {"channels": 5}, {"time_steps": 4}, {"time_steps": 4, "channels": 5}):
+        node = TernaryLIFNode(amplitude=1.3, **options)
+        current = torch.randn(4, 2, 3, 5, requires_grad=True)
+        with firing_rates_recorded(nn.Sequential(node), MASK) as rates:
+            spikes = node(current, from_rest=True)
+        (rates["spike_rates"]["0"].sum() + 0 * spikes.sum()).backward()
+        assert current.grad.any()
+        assert node.amplitude.grad.abs().max() < 1e-6
+
+
+def test_the_gradient_of_a_rate_where_one_neuron_stands_for_all_tokens():
+    """As a spike-driven attention's gate does: its spikes count for every real token."""
+    current = torch.randn(4, 2, 1, 5, requires_grad=True)
+    rate, _, grad = rates_and_gradient(LIFNode(), current, MASK, WEIGHTS)
+    expected = MASK.sum(1).view(1, 2, 1, 1) * WEIGHTS.view(-1, 1, 1, 1) / (4 * 5)
+    torch.testing.assert_close(grad, expected.expand_as(grad))
+    assert len(rate) == 4

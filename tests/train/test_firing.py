@@ -36,7 +36,7 @@ def test_a_silent_student_is_noticed_once(run, trained, warnings, tmp_path, stop
         "the mean firing rate in the student's layers has been under 0.1 % for 100 steps, at step 101 it is 0.00"
     )
     assert "silent are layers.0.attention.key_neuron, layers.0.attention.value_neuron, layers.0" in said
-    assert " and 3 more. The usual cause is a tau large against T" in said
+    assert " and 3 more. The usual cause is a v_threshold (or firing_k) that is large" in said
     monkeypatch.setattr(Trainer, "_step", real)
     _, summary = run(into=tmp_path / "run", resume=True, **changes)
     assert summary["firing_rate"] < 1e-3

@@ -174,7 +174,7 @@ def test_text_without_labels(make_recipe):
 def test_projection(make_recipe):
     assert load_recipe(str(make_recipe())).projection == "per_layer"
     assert load_recipe(str(make_recipe(projection="shared"))).projection == "shared"
-    assert "'per_layer' or 'shared'" in message(str(make_recipe(projection="one")))
+    assert "'per_layer', 'shared' or 'normed'" in message(str(make_recipe(projection="one")))
 
 
 def test_set_values(make_recipe):
@@ -339,3 +339,25 @@ def test_weight_decay_is_for_weights_alone():
     for ending in ("norm.weight", "attention.a.logit", "surrogate_log_alpha", "classifier.bias"):
         assert any(name.endswith(ending) for name in others), ending
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("wasserstein: {cost: ordinall}", "objectives.wasserstein: .*cost"),
+        ("head_tail_kl: {delta: 3}", "objectives.head_tail_kl: .*delta"),
+        ("spike_rate: {target: 2}", r"spike_rate: target is a share of neurons, in \[0, 1\], got 2"),
+        ("spike_rate: {target: abc}", "objectives.spike_rate: "),
+        ("forward_kl: {temperature: hot}", "objectives.forward_kl: "),
+    ],
+)
+def test_options_of_objectives_are_tried_when_a_recipe_is_read(objective, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("spikelm_tiny_tweets", [f"objectives={{{objective}}}"])
+
+
+def test_objectives_that_no_stage_would_take_are_refused():
+    with pytest.raises(RecipeError, match=r"every stage has objectives of its own; use --set stages.task.objectives.h"):
+        load_recipe("spikebert_tiny_tweets_two_stage", ["objectives.hidden_mse=0.5"])
+    recipe = load_recipe("spikebert_tiny_tweets_two_stage", ["stages.task.objectives.hidden_mse=0.5"])
+    assert stage_recipes(recipe, Path())[1][1].objectives["hidden_mse"].weight == 0.5

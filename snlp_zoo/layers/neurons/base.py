@@ -80,6 +80,7 @@ class Surrogated(ExplicitState):
     """A neuron with a surrogate, whose steepness may be learned and annealed, and with `state=`.
 
     State that is saved, if the surrogate is learnable: `surrogate_log_alpha` [1]; alpha = exp of it stays positive.
+    `fresh` holds where saved state starts: name -> value, for what loads a checkpoint without it.
     `surrogate_temperature` divides alpha and is not saved: it belongs to the training schedule.
     """
 
@@ -91,6 +92,7 @@ class Surrogated(ExplicitState):
         alpha = _translate(self.surrogate_function).alpha if learnable else None
         if isinstance(alpha, Tensor):
             raise ValueError("learnable_surrogate=True starts from a number, but the surrogate's alpha is a tensor")
+        self.fresh: dict[str, float] = {} if alpha is None else {"surrogate_log_alpha": math.log(alpha)}
         start = None if alpha is None else nn.Parameter(torch.tensor([math.log(alpha)]))
         self.register_parameter("surrogate_log_alpha", start)
 

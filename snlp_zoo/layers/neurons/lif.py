@@ -1,5 +1,6 @@
 """The LIF family on `ops.lif`."""
 
+import math
 from typing import Any
 
 from spikingjelly.activation_based import neuron
@@ -126,6 +127,7 @@ class ParametricLIFNode(_LIFBase, neuron.ParametricLIFNode):
         )
         self.backend = backend
         self.learn_surrogate(learnable_surrogate)
+        self.fresh["w"] = -math.log(init_tau - 1)
 
     def _tau(self) -> Tensor:
         return 1 / self.w.sigmoid()

@@ -73,6 +73,7 @@ class TernaryLIFNode(Surrogated, neuron.BaseNode):
         else:
             self.register_buffer("amplitude", start)
         self.learn_surrogate(learnable_surrogate)
+        self.fresh["amplitude"] = float(amplitude)
 
     def _set_threshold(self, name: str, value: Threshold | None) -> None:
         if value is None or isinstance(value, int | float):
@@ -123,12 +124,22 @@ class TernaryLIFNode(Surrogated, neuron.BaseNode):
         """Spikes and membrane of all steps of `current`, the first with amplitude `step`; v None starts at rest."""
         how = {"detach_reset": self.detach_reset, "surrogate": self.effective_surrogate(), "backend": self.backend}
         signs, v = ternary_lif(current, v, **self._dynamics(), **how)
-        amplitude = self.amplitude
-        if self.time_steps:
-            amplitude = amplitude[[(step + t) % self.time_steps for t in range(len(current))]]
-            middle = current.ndim - 1 - bool(self.channels)
-            amplitude = amplitude.view(len(current), *(1,) * middle, *amplitude.shape[1:])
-        return (signs * amplitude).to(product_dtype(current)), v
+        return (signs * self._aligned(signs, step)).to(product_dtype(current)), v
+
+    def _aligned(self, spikes: Tensor, step: int) -> Tensor:
+        """The amplitude, of a shape that multiplies these spikes [T, ...] the first of which is of this time step."""
+        if not self.time_steps:
+            return self.amplitude
+        amplitude = self.amplitude[[(step + t) % self.time_steps for t in range(len(spikes))]]
+        return amplitude.view(len(spikes), *(1,) * (spikes.ndim - 1 - bool(self.channels)), *amplitude.shape[1:])
+
+    def signs(self, spikes: Tensor, step: int = 0) -> Tensor:
+        """Spikes as they are, with a gradient that does not reach the amplitude."""
+        amplitude = self._aligned(spikes, step)
+        if not amplitude.requires_grad:
+            return spikes
+        signs = spikes.detach().sign() * amplitude.detach().sign()
+        return spikes - (signs * (amplitude - amplitude.detach())).to(spikes.dtype)
 
     def membranes(self, current: Tensor, v: Tensor | None, step: int = 0) -> Tensor:
         return ternary_membranes(current, v, **self._dynamics())

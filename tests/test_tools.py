@@ -1,0 +1,55 @@
+"""Maintainers' scripts reach into the package by name; here is held that what they reach for is there."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import snlp_zoo
+from snlp_zoo.layers import ElasticBiSpike
+from snlp_zoo.registry import model_classes
+from snlp_zoo.train import loop
+
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Function: one of the scripts as a module."""
+    monkeypatch.syspath_prepend(TOOLS)
+    yield import_module
+    for path in TOOLS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TOOLS.glob("*.py")))
+def test_scripts_load(tool, name):
+    assert tool(name).__doc__
+
+
+def test_training_bench_replaces_the_neurons(tool):
+    bench = tool("bench_training")
+    model = snlp_zoo.build("spikelm_tiny").train()
+    ids = torch.randint(5, 120, (2, 7))
+    model(ids)  # amplitudes are measured
+    spikes = {}
+    node = next(module for module in model.modules() if isinstance(module, ElasticBiSpike))
+    node.register_forward_hook(lambda _, __, out: spikes.setdefault(name, out))
+    for name in ("kernels", "loop", "dense"):
+        with bench.variant(name), torch.no_grad():
+            model.eval()(ids)
+    torch.testing.assert_close(spikes["loop"], spikes["kernels"])
+    assert len(spikes["dense"].unique()) > 100  # currents passed on
+    assert len(spikes["kernels"].unique()) < 20
+
+
+def test_processes_bench_reverses_rows(tool, monkeypatch):
+    monkeypatch.setattr(loop, "own_rows", lambda accelerator, batch: batch)
+    tool("bench_processes").reverse_rows()
+    assert loop.own_rows(None, {"labels": torch.arange(3)})["labels"].tolist() == [2, 1, 0]
+
+
+def test_claims_ledger_knows_every_family(tool):
+    assert tool("claims_ledger").SYSTEMS.keys() == model_classes().keys()

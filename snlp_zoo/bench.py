@@ -19,10 +19,10 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 
 from snlp_zoo.errors import BackendError
-from snlp_zoo.ops import Surrogate, elastic_bispike, lif
 from snlp_zoo.ops.backend import available
-from snlp_zoo.ops.bispike import elastic_bispike_reference
-from snlp_zoo.ops.lif import lif_reference
+from snlp_zoo.ops.bispike import elastic_bispike, elastic_bispike_reference
+from snlp_zoo.ops.lif import lif, lif_reference
+from snlp_zoo.ops.surrogates import Surrogate
 
 GPU_SHAPES = ((4, 32, 128, 3072), (4, 64, 512, 3072), (1024, 8, 1, 768), (4096, 1, 1, 768))  # [T, B, N, D]
 CPU_SHAPES = ((4, 8, 128, 768),)

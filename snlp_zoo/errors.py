@@ -1,5 +1,11 @@
 """Errors a user can cause and mend. The command line prints the message alone and exits with their code."""
 
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import TypeVar
+
+Named = TypeVar("Named")
+
 
 class SnlpError(Exception):
     """Says what is wrong, the value that is wrong, and what to do about it, in one or two sentences."""
@@ -42,8 +48,21 @@ class ConvergenceError(SnlpError, ArithmeticError):
 
 
 class EnergyError(SnlpError, ValueError):
-    """An energy estimate cannot be made: nothing spikes, an operation has no price, spikes are none, a cost is bad."""
+    """An estimate or a figure cannot be made: nothing spikes, no price, spikes are none, a bad cost, no matplotlib."""
 
 
 class FoldError(SnlpError, ValueError):
     """An amplitude cannot be absorbed into weights exactly."""
+
+
+def lookup(what: str, name: str, known: Mapping[str, Named], error: type[Exception] = ValueError) -> Named:
+    """known[name].
+
+    Raises:
+        error: unknown name, with the nearest one.
+    """
+    if name in known:
+        return known[name]
+    nearest = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise error(f"unknown {what} {name!r}, known are {', '.join(known)}{hint}")

@@ -168,23 +168,20 @@ def pareto_front(rows: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, 
 
 
 def membrane_histogram(recorded: "Recorded", site: str) -> "Figure":
-    """Charged membranes in units of their threshold, with what the surrogate's gradient reaches."""
-    threshold = recorded.threshold.view(-1, 1, 1)
-    v = (recorded.membranes / threshold).flatten().float()
+    """Charged membranes in units of their threshold, and which of them the gradient of firing reaches."""
+    edge = float(recorded.threshold.all())  # 0 where neurons fire at 0, which is no unit
+    v = (recorded.membranes / (recorded.threshold.view(-1, 1, 1) if edge else 1)).flatten().float()
     low, high = torch.quantile(v[:: max(1, len(v) // 100_000)], torch.tensor([0.001, 0.999])).tolist()
-    low, high = min(low, -1.5 if recorded.ternary else -0.5), max(high, 1.5)
+    low, high = min(low, -1.5 * edge if recorded.ternary else -0.5 * edge), max(high, 1.5 * edge)
     figure, axes = _figure(4.5)
-    axes.hist(v.clamp(low, high).tolist(), bins=100, range=(low, high), color=SKY)
-    edges = (-1.0, 1.0) if recorded.ternary else (1.0,)
-    for i, edge in enumerate(edges):
-        axes.axvline(edge, color=RED, linewidth=2, label="threshold" if i == 0 else None)
-    if recorded.window is not None:
-        span = (-recorded.window, recorded.window) if recorded.ternary else (1 - recorded.window, 1 + recorded.window)
-        axes.axvspan(max(span[0], low), min(span[1], high), color=ORANGE, alpha=0.25, label="surrogate's window")
-        inside = ((v >= span[0]) & (v <= span[1])).float().mean()
-        axes.set_title(f"{site}: {100 * inside:.0f} % inside the surrogate's window", loc="left")
-    else:
-        axes.set_title(site, loc="left")
-    axes.set(xlabel="membrane before firing, in thresholds", ylabel="neurons and steps", xlim=(low, high))
+    outside = ~recorded.reached.flatten()
+    for some, colour, label in ((v, SKY, "surrogate's window"), (v[outside], GREY, "outside of it")):
+        axes.hist(some.clamp(low, high).tolist(), bins=100, range=(low, high), color=colour, label=label)
+    for place in (edge, -edge)[: 1 + recorded.ternary]:
+        axes.axvline(place, color=RED, linewidth=2, label="threshold" if place == edge else None)
+    inside = recorded.reached.float().mean()
+    axes.set_title(f"{site}: {100 * inside:.0f} % inside the surrogate's window", loc="left")
+    axes.set(xlabel=f"membrane before firing{', in thresholds' if edge else ''}", xlim=(low, high))
+    axes.set_ylabel("neurons and steps")
     axes.legend()
     return figure

@@ -8,6 +8,7 @@ from snlp_zoo.energy import estimate
 from snlp_zoo.energy.record import Recorded, record
 from snlp_zoo.errors import EnergyError
 from snlp_zoo.layers import ElasticBiSpike, IFNode, LIFNode
+from snlp_zoo.layers.firing import effective_domain_recorded
 from snlp_zoo.registry import build
 
 pytest.importorskip("matplotlib")
@@ -15,7 +16,7 @@ from snlp_zoo import plots
 from snlp_zoo.pareto import front
 
 
-@pytest.fixture(params=["spikelm_tiny", "spikingbert_tiny"])
+@pytest.fixture(params=["spikelm_tiny", "spikingbert_tiny", "spikebert_tiny"])
 def model(request):
     return build(request.param)
 
@@ -37,8 +38,10 @@ def test_recorded_membranes_fire_where_they_reach_their_threshold(model):
 
 
 def test_recording_leaves_the_model_as_it_was(model):
-    model.train()
+    *_, frozen = model.train().modules()
+    frozen.eval()
     record(model, BATCH)
+    assert [m for m in model.modules() if not m.training] == [frozen]
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -80,7 +83,7 @@ def test_raster_has_a_mark_for_every_spike_and_a_label_for_every_token(model):
 
 
 def test_raster_of_one_neuron_for_all_tokens():
-    found = Recorded(torch.ones(3, 1, 8), torch.ones(3, 1, 8), torch.ones(3), None, False)
+    found = Recorded(torch.ones(3, 1, 8), torch.ones(3, 1, 8), torch.ones(3), torch.ones(3, 1, 8) > 0, False)
     figure = plots.spike_raster(found, ["a", "b"], "gate")
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["all tokens"]
 
@@ -106,6 +109,19 @@ def test_membrane_histogram_counts_every_membrane(model):
     bars = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] != (0, 0, 0)]
     assert sum(bar.get_height() for bar in bars[:100]) == found.membranes.numel()
     assert {"threshold", "surrogate's window"} <= set(texts(figure))
+
+
+def test_membranes_in_the_window_are_those_of_the_effective_domain(model):
+    batch = {key: value[:, 1:] for key, value in BATCH.items()}  # without padding
+    body = model.eval().base_model
+    with effective_domain_recorded(body, batch["attention_mask"]) as shares:
+        body(**batch)
+    for site, found in record(body, BATCH).items():
+        assert found.reached.float().mean() == pytest.approx(shares[site])
+        figure = plots.membrane_histogram(found, site)
+        assert f"{100 * shares[site]:.0f} % inside" in figure.axes[0].get_title(loc="left")
+        outside = sum(bar.get_height() for bar in figure.axes[0].patches[100:200])
+        assert outside == (~found.reached).sum()
 
 
 ROWS = [

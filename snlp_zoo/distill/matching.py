@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snlp_zoo.errors import RecipeError
+from snlp_zoo.layers.watching import hooked
 from snlp_zoo.models.base import spread_layers
 
 LAYER_MAPS = ["spread", "skip"]
@@ -144,10 +145,7 @@ def attention_scores_recorded(teacher: PreTrainedModel) -> Iterator[list[Tensor]
         scores.append(query @ split(output).transpose(-1, -2) * query.shape[-1] ** -0.5)
 
     handles = []
-    try:
-        for query, key in score_projections(teacher):
-            handles += [query.register_forward_hook(keep_query), key.register_forward_hook(add_scores)]
+    for query, key in score_projections(teacher):
+        handles += [query.register_forward_hook(keep_query), key.register_forward_hook(add_scores)]
+    with hooked(handles):
         yield scores
-    finally:
-        for handle in handles:
-            handle.remove()

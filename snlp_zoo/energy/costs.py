@@ -8,28 +8,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from hashlib import sha256
-from typing import TypeVar
 
-from snlp_zoo.errors import EnergyError
+from snlp_zoo import errors
+from snlp_zoo.errors import EnergyError, Named
 
-Named = TypeVar("Named")
 HOROWITZ = "Horowitz 2014, ISSCC, doi:10.1109/ISSCC.2014.6757323"
 HAN = "Han et al. 2015, NeurIPS, table 1"
 
 
 def lookup(what: str, name: str, known: Mapping[str, Named]) -> Named:
-    """known[name].
-
-    Raises:
-        EnergyError: unknown name, with the nearest one.
-    """
-    if name in known:
-        return known[name]
-    nearest = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise EnergyError(f"unknown {what} {name!r}, known are {', '.join(known)}{hint}")
+    """As `errors.lookup`, with an EnergyError."""
+    return errors.lookup(what, name, known, EnergyError)
 
 
 @dataclass(frozen=True)

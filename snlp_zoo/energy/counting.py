@@ -23,6 +23,7 @@ from snlp_zoo.energy import prices
 from snlp_zoo.energy.kinds import Tag, contradiction, declared_kind, spikes_tag
 from snlp_zoo.energy.matmul import Product, product
 from snlp_zoo.errors import EnergyError
+from snlp_zoo.layers.watching import evaluating, hooked
 from snlp_zoo.ops.bit_linear import unpack_weight
 
 
@@ -341,16 +342,8 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     nodes = [module for module in model.modules() if isinstance(module, neuron.BaseNode)]
     handles = [node.register_forward_pre_hook(counter.entered) for node in nodes]
     handles += [node.register_forward_hook(counter.fired) for node in nodes]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), _Mode([counter]):
-            yield counter
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
+    with hooked(handles), evaluating(model), torch.no_grad(), _Mode([counter]):
+        yield counter
     if counter.unpriced:
         found = ", ".join(f"{name} in {path}" for name, path in counter.unpriced.items())
         raise EnergyError(f"operations without a price: {found}; add them to energy/prices.py")

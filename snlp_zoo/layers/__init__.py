@@ -1,4 +1,4 @@
-"""Modules shared by two or more models."""
+"""Modules that models are made of, and that fit into any other network: neurons, attention, codes, low-bit layers."""
 
 from snlp_zoo.layers.attention import (
     ATTENTIONS,

@@ -2,10 +2,10 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from difflib import get_close_matches
 
 from torch import Tensor, nn
 
+from snlp_zoo.errors import lookup
 from snlp_zoo.layers.attention_variants import (
     AXNOR,
     SDSA,
@@ -38,11 +38,7 @@ def make_attention(
         ValueError: unknown name, or a neuron of an alphabet that the variant is not made for.
         TypeError: an option the variant does not have.
     """
-    if name not in ATTENTIONS:
-        nearest = get_close_matches(name, ATTENTIONS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown attention {name!r}, known are {', '.join(ATTENTIONS)}{hint}")
-    return ATTENTIONS[name](num_heads, make_neuron, causal, **options)
+    return lookup("attention", name, ATTENTIONS)(num_heads, make_neuron, causal, **options)
 
 
 class SpikingProjection(nn.Module):

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from snlp_zoo.layers.neurons import ExplicitState
-from snlp_zoo.ops import lif
-from snlp_zoo.ops.lif import lif_membranes
+from snlp_zoo.ops.lif import lif, lif_membranes
 
 # Multiples of these, 1 / g and 1 / g^2 with g^3 = g + 1, spread evenly over the unit interval (Roberts 2018, R2).
 _BY_TOKEN, _BY_CHANNEL = 0.7548776662, 0.5698402910

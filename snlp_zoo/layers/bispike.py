@@ -8,8 +8,9 @@ from torch.nn.functional import linear
 
 from snlp_zoo.layers.neurons import ElasticBiSpike
 from snlp_zoo.layers.quant import BitLinear
+from snlp_zoo.ops.backend import product_dtype
 from snlp_zoo.ops.bispike import ALPHA_FLOOR, elastic_bispike
-from snlp_zoo.ops.bit_linear import bit_linear, product_dtype, quantise, sign_dtype
+from snlp_zoo.ops.bit_linear import bit_linear, quantise, sign_dtype
 from snlp_zoo.ops.spike_linear import spike_linear
 
 

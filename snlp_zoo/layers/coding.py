@@ -1,4 +1,4 @@
-"""Codes of values as spikes: the only place where the spike-time axis T is created or removed. T is always axis 0.
+"""Codes of values as spikes: `encode` adds the spike-time axis T, `decode` takes it away. T is always axis 0.
 
     code                    values              spikes of z in [0, 1], T steps        levels
     Direct                  any                 the value itself, T times             -
@@ -16,11 +16,12 @@ gradient is one, straight through, and that of the expected spikes for random co
 """
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from snlp_zoo.errors import lookup
 
 EXACT = 2**24  # whole numbers float32 holds
 
@@ -276,11 +277,7 @@ def make_coding(name: str, time_steps: int, **options) -> Coding:
         ValueError: unknown name, or what its class raises.
         TypeError: an option the code does not have.
     """
-    if name not in _CODINGS:
-        nearest = get_close_matches(name, _CODINGS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown coding {name!r}, known are {', '.join(_CODINGS)}{hint}")
-    return _CODINGS[name](time_steps, **options)
+    return lookup("coding", name, _CODINGS)(time_steps, **options)
 
 
 def last_membrane(current: Tensor, leak: float = 1.0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from snlp_zoo.layers.neurons import BaseNode, ExplicitState, TernaryLIFNode
+from snlp_zoo.layers.watching import hooked
 
 Receive = Callable[[str, ExplicitState, Tensor, Tensor, int], None]
 
@@ -98,12 +99,8 @@ def firing_rates_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) ->
         return hook
 
     nodes = [(name, module) for name, module in net.named_modules() if isinstance(module, BaseNode)]
-    handles = [module.register_forward_hook(record(name)) for name, module in nodes]
-    try:
+    with hooked([module.register_forward_hook(record(name)) for name, module in nodes]):
         yield result
-    finally:
-        for handle in handles:
-            handle.remove()
     result |= rates.result()
 
 
@@ -140,11 +137,8 @@ def membranes_watched(net: nn.Module, receive: Receive) -> Iterator[None]:
     nodes = [(name, module) for name, module in net.named_modules() if isinstance(module, ExplicitState)]
     handles = [node.register_forward_pre_hook(before, with_kwargs=True) for _, node in nodes]
     handles += [node.register_forward_hook(after(name)) for name, node in nodes]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from snlp_zoo.errors import FoldError
 from snlp_zoo.layers.neurons import BaseNode, ElasticBiSpike, TernaryLIFNode
 from snlp_zoo.layers.quant import BitLinear
+from snlp_zoo.layers.watching import evaluating, hooked
 from snlp_zoo.ops.bit_linear import quantise
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -111,15 +112,11 @@ def _is_linear(module: nn.Module) -> bool:
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
     """In evaluation mode and without gradient; membranes and modes are afterwards what they were."""
-    training = {module: module.training for module in model.modules()}
     memories = {node: dict(node.named_memories()) for node in model.modules() if isinstance(node, BaseNode)}
     try:
-        with torch.no_grad():
-            model.eval()
+        with evaluating(model), torch.no_grad():
             yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for node, kept in memories.items():
             for name, value in kept.items():
                 setattr(node, name, value)
@@ -130,12 +127,8 @@ def _follow(model: nn.Module, amplitudes: dict[str, Tensor], batch: dict[str, An
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(following.entered(name), with_kwargs=True))
         handles.append(module.register_forward_hook(following.left(name)))
-    try:
-        with _at_rest(model), following:
-            out = model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), _at_rest(model), following:
+        out = model(**batch)
     for x in tree_leaves(out):
         if isinstance(x, Tensor) and x in following.spikes:
             following.refuse(following.spikes[x].nodes, "is the model's output")

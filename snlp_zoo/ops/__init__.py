@@ -1,4 +1,8 @@
-"""Pure functions on tensors: state in, state out. No modules, no configuration, no hidden state."""
+"""Pure functions on tensors: state in, state out. No modules, no configuration, no hidden state.
+
+The names below are for users. `lif` and `ternary_lif` hide the modules they come from: the library itself imports an op
+from its own, as in `from snlp_zoo.ops.lif import lif`.
+"""
 
 from snlp_zoo.ops.bispike import BiSpikeOutput, elastic_bispike
 from snlp_zoo.ops.lif import LIFOutput, lif

@@ -82,6 +82,30 @@ def resolve(backend: str, tensor: Tensor, op: str) -> str:
     return backend
 
 
+def check_steps(op: str, current: Tensor, v_init: Tensor | None) -> None:
+    """Refuse what no neuron can run over T: current is float, [T, ...] with T >= 1, and v_init [...] or None.
+
+    Raises:
+        ValueError: what does not fit, in the name of the op.
+    """
+    if current.ndim == 0 or current.shape[0] == 0:
+        raise ValueError(f"{op}: current needs at least one time step on axis 0, got shape {tuple(current.shape)}")
+    if not current.is_floating_point() or current.element_size() == 1:
+        raise ValueError(f"{op}: current must be float32, float64, bfloat16 or float16, got {current.dtype}")
+    if v_init is not None and current.shape[1:] != v_init.shape:
+        raise ValueError(
+            f"{op}: v_init {tuple(v_init.shape)} must equal current without T {tuple(current.shape[1:])}; "
+            "pass None to start at rest"
+        )
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of x in a product, and of that: autocast's where it is on, but float64 stays."""
+    device = x.device.type
+    cast = x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
 def step_major(x: Tensor) -> Tensor:
     """x [T, ...] with every time step contiguous, copied only if it is not; the stride over T may be anything."""
     return x if x[0].is_contiguous() else x.contiguous()

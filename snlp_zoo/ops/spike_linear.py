@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from snlp_zoo.ops.backend import product_dtype
 from snlp_zoo.ops.bit_linear import sign_dtype
 from snlp_zoo.ops.bit_linear.kernel import FLOAT8, sign_product
 from snlp_zoo.ops.packing import pack, unpack
@@ -55,11 +56,10 @@ def spike_linear(
         low_bit: the weight is -c, 0 or c everywhere; where FP8 pays (`sign_dtype`) signs are then summed, exactly, and
             scaled. The gradients are those of the plain product.
     Returns:
-        [T, ..., out_features]; under autocast in its dtype.
+        [T, ..., out_features]; of the dtype `product_dtype` gives for spikes.
     """
-    device = spikes.device.type
-    if torch.is_autocast_enabled(device):  # cast here, so that weights are kept for the backward as they were used
-        dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(spikes.device.type):  # so that the backward keeps weights as they were used
+        dtype = product_dtype(spikes)
         spikes, weight = spikes.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if not low_bit and not torch.is_grad_enabled():  # nothing to keep for a backward

@@ -19,10 +19,11 @@ At 0, where every g is highest, fast_sigmoid is 1 whatever alpha is; the others 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
+
+from snlp_zoo.errors import lookup
 
 
 def _atan(z: Tensor, alpha: float | Tensor) -> Tensor:
@@ -103,12 +104,9 @@ class Surrogate:
     alpha: float | Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in _TABLE:
-            nearest = get_close_matches(self.name, SURROGATES, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown surrogate {self.name!r}, known are {', '.join(SURROGATES)}{hint}")
+        _, default = lookup("surrogate", self.name, _TABLE)
         if self.alpha is None:
-            object.__setattr__(self, "alpha", _TABLE[self.name][1])
+            object.__setattr__(self, "alpha", default)
         elif not isinstance(self.alpha, Tensor) and not self.alpha > 0:
             raise ValueError(f"surrogate {self.name!r}: alpha must be positive, got {self.alpha}")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from snlp_zoo.ops.backend import resolve
+from snlp_zoo.ops.backend import check_steps, resolve
 from snlp_zoo.ops.lif.reference import LIFOutput
 from snlp_zoo.ops.surrogates import Surrogate, as_surrogate
 
@@ -31,7 +31,7 @@ def ternary_lif(
     derivative g, so ds/dh = g(h - v_threshold) + g(-h - v_threshold_negative).
 
     Args:
-        current: input current, [T, ...], unit of v.
+        current: input current, [T, ...], unit of v; float32, float64, bfloat16 or float16.
         v_init: membrane potential before step 0, [...] (current without T); None at rest, 0.
         tau: membrane time constant in steps, >= 1.
         v_threshold, v_threshold_negative: positive magnitudes; numbers, or tensors that broadcast to current without T.
@@ -40,7 +40,7 @@ def ternary_lif(
     Returns:
         LIFOutput: s [T, ...] in {-1, 0, 1} and v [...] after step T-1, both at least float32.
     Raises:
-        ValueError: shapes disagree, T is 0, or tau < 1.
+        ValueError: shapes disagree, T is 0, tau < 1, or current is not float.
         BackendError: another backend was named.
     """
     resolve(backend, current, op="ternary_lif")
@@ -76,17 +76,11 @@ def _steps(
     surrogate: Surrogate,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """s and h of every step, and the last v."""
-    if current.ndim == 0 or current.shape[0] == 0:
-        raise ValueError(f"ternary_lif: current needs a time step on axis 0, got shape {tuple(current.shape)}")
+    check_steps("ternary_lif", current, v)
     if not tau >= 1:
         raise ValueError(f"ternary_lif: tau is in time steps and must be at least 1, got {tau}")
     current = current.to(torch.promote_types(current.dtype, torch.float32))  # half precision would shift spikes over T
     v = torch.zeros_like(current[0]) if v is None else v.to(current.dtype)
-    if v.shape != current.shape[1:]:
-        raise ValueError(
-            f"ternary_lif: v_init {tuple(v.shape)} must equal current without T {tuple(current.shape[1:])}; "
-            "pass None to start at rest"
-        )
     spikes, charged = [], []
     for current_t in current:
         h = v + (current_t - v) / tau if decay_input else v - v / tau + current_t

@@ -66,3 +66,21 @@ def test_first_axis_must_be_time(layer, shape):
 def test_unknown_neuron_option():
     with pytest.raises(TypeError, match="firing"):
         SpikingLinear(5, 3, firing=2.0)
+
+
+@pytest.mark.parametrize(("bits", "packed"), [(32, False), (1.58, False), (1.58, True)])
+@pytest.mark.parametrize("trained", [True, False])
+def test_autocast_leaves_float64_as_torch_does(bits, packed, trained):
+    layer = SpikingLinear(5, 3, bits=bits, time_steps=4).double()
+    x = torch.randn(4, 2, 6, 5, dtype=torch.float64)
+    layer(x)  # measures the amplitudes
+    layer.eval()
+    if packed:
+        layer.pack()
+    with torch.set_grad_enabled(trained):
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = layer(x)
+            dense = nn.functional.linear(x, torch.ones(3, 5, dtype=torch.float64))
+    assert got.dtype == dense.dtype == torch.float64
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -321,7 +321,7 @@ def test_measured_total_carries_no_gradient_and_survives_an_empty_mask():
     ("current", "v_init", "steps", "options", "error", "message"),
     [
         ((4, 3), (4, 3), 4, {}, ValueError, r"v_init \(4, 3\) must equal current without T \(3,\)"),
-        ((0, 3), (3,), 0, {}, ValueError, r"at least one time step on axis 0, got \(0, 3\)"),
+        ((0, 3), (3,), 0, {}, ValueError, r"at least one time step on axis 0, got shape \(0, 3\)"),
         ((), (), 1, {}, ValueError, "at least one time step"),
         ((4, 3), (3,), 3, {}, ValueError, r"one value per time step, shape \(4,\), got \(3,\)"),
         ((4, 3), (3,), 4, {"reset": "hard"}, ValueError, "unknown reset 'hard'; use one of symmetric, reference"),

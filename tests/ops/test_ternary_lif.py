@@ -120,7 +120,7 @@ def test_membranes_are_what_is_compared_with_the_thresholds():
 @pytest.mark.parametrize(
     ("current", "v_init", "options", "error", "message"),
     [
-        ((0, 3), None, {}, ValueError, r"a time step on axis 0, got shape \(0, 3\)"),
+        ((0, 3), None, {}, ValueError, r"at least one time step on axis 0, got shape \(0, 3\)"),
         ((4, 3), (2,), {}, ValueError, r"v_init \(2,\) must equal current without T \(3,\)"),
         ((4, 3), None, {"tau": 0.5}, ValueError, "at least 1, got 0.5"),
         ((4, 3), None, {"tau": math.nan}, ValueError, "at least 1, got nan"),

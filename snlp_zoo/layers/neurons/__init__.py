@@ -1,4 +1,4 @@
-"""SpikingJelly's neurons on our backends, and the neurons it lacks; with `energy/`, its only door.
+"""SpikingJelly's neurons on our backends, and the neurons it lacks; with `energy/` and `bench.py`, its only doors.
 
 Every class here is a SpikingJelly neuron: step modes 's' and 'm', `functional.reset_net`, monitors and counters work on
 it, and it fits into any SpikingJelly network. Three ways to call one:
@@ -10,8 +10,8 @@ it, and it fits into any SpikingJelly network. Three ways to call one:
 """
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
+from snlp_zoo.errors import lookup
 from snlp_zoo.layers.neurons.base import NEGLIGIBLE, BaseNode, ExplicitState, Surrogated, set_surrogate_temperature
 from snlp_zoo.layers.neurons.elastic import ALPHA_MODES, ElasticBiSpike, amplitudes_updated
 from snlp_zoo.layers.neurons.lif import IFNode, LIFNode, ParametricLIFNode
@@ -49,8 +49,4 @@ def make_neuron(kind: str, **options) -> BaseNode:
         ValueError: unknown name.
         TypeError: an option the neuron does not have.
     """
-    if kind not in _NEURONS:
-        nearest = get_close_matches(kind, _NEURONS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown neuron {kind!r}, known are {', '.join(_NEURONS)}{hint}")
-    return _NEURONS[kind](**options)
+    return lookup("neuron", kind, _NEURONS)(**options)

@@ -8,7 +8,7 @@ import torch
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 
-from snlp_zoo.ops import Surrogate
+from snlp_zoo.ops.surrogates import Surrogate
 
 BaseNode = neuron.BaseNode  # what every spiking neuron is, ours and theirs
 # share of its peak below which a surrogate's derivative counts as none: bfloat16 tells numbers apart by 0.4 to 0.8 %,
@@ -34,13 +34,6 @@ def _translate(function: "str | Surrogate | surrogate.SurrogateFunctionBase") ->
         known = ", ".join(sorted(cls.__name__ for cls in _SURROGATE_NAMES))
         raise ValueError(f"no counterpart of SpikingJelly's {type(function).__name__}; use one of {known}")
     return Surrogate(name, getattr(function, "alpha", None))
-
-
-def spike_dtype(current: Tensor) -> torch.dtype:
-    """Under autocast spikes are written in its dtype at once: the product that follows would cast them."""
-    device = current.device.type
-    enabled = current.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled else current.dtype
 
 
 class ExplicitState(neuron.BaseNode):

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
-from snlp_zoo.layers.neurons.base import ExplicitState, spike_dtype
-from snlp_zoo.ops import elastic_bispike
-from snlp_zoo.ops.bispike import Reset, elastic_bispike_measured
+from snlp_zoo.layers.neurons.base import ExplicitState
+from snlp_zoo.ops.backend import product_dtype
+from snlp_zoo.ops.bispike import Reset, elastic_bispike, elastic_bispike_measured
 
 ALPHA_MODES = ("first_batch", "ema", "learned")
 
@@ -96,7 +96,7 @@ class ElasticBiSpike(ExplicitState, neuron.BaseNode):
         if self.alpha_mode == "learned":
             scale = current[0].numel() ** -0.5
             alpha = alpha * scale + (alpha * (1 - scale)).detach()
-        options |= {"carry_out": carry_out, "spike_dtype": spike_dtype(current)}
+        options |= {"carry_out": carry_out, "spike_dtype": product_dtype(current)}
         if not (self.training and self.alpha_mode == "ema"):
             return elastic_bispike(current, v, alpha, **options)
         output, total = elastic_bispike_measured(current, v, alpha, mask, **options)

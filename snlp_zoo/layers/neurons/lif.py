@@ -6,9 +6,9 @@ from typing import Any
 from spikingjelly.activation_based import neuron
 from torch import Tensor
 
-from snlp_zoo.layers.neurons.base import Surrogated, spike_dtype
-from snlp_zoo.ops import lif
-from snlp_zoo.ops.lif import lif_membranes
+from snlp_zoo.layers.neurons.base import Surrogated
+from snlp_zoo.ops.backend import product_dtype
+from snlp_zoo.ops.lif import lif, lif_membranes
 
 
 class _LIFBase(Surrogated):
@@ -36,7 +36,7 @@ class _LIFBase(Surrogated):
             **self._dynamics(),
             detach_reset=self.detach_reset,
             surrogate=self.effective_surrogate(),
-            spike_dtype=spike_dtype(current),
+            spike_dtype=product_dtype(current),  # at once: the product that follows would cast them
             carry_out=carry_out,
             backend=self.backend,
         )

@@ -7,9 +7,9 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
-from snlp_zoo.layers.neurons.base import Surrogated, spike_dtype
-from snlp_zoo.ops import ternary_lif
-from snlp_zoo.ops.ternary_lif import ternary_membranes
+from snlp_zoo.layers.neurons.base import Surrogated
+from snlp_zoo.ops.backend import product_dtype
+from snlp_zoo.ops.ternary_lif import ternary_lif, ternary_membranes
 
 Threshold = float | Sequence[float] | Tensor
 
@@ -124,7 +124,7 @@ class TernaryLIFNode(Surrogated, neuron.BaseNode):
         """Spikes and membrane of all steps of `current`, the first with amplitude `step`; v None starts at rest."""
         how = {"detach_reset": self.detach_reset, "surrogate": self.effective_surrogate(), "backend": self.backend}
         signs, v = ternary_lif(current, v, **self._dynamics(), **how)
-        return (signs * self._aligned(signs, step)).to(spike_dtype(current)), v
+        return (signs * self._aligned(signs, step)).to(product_dtype(current)), v
 
     def _aligned(self, spikes: Tensor, step: int) -> Tensor:
         """The amplitude, of a shape that multiplies these spikes [T, ...] the first of which is of this time step."""

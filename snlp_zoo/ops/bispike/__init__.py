@@ -5,7 +5,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from snlp_zoo.ops.backend import resolve
+from snlp_zoo.ops.backend import check_steps, resolve
 from snlp_zoo.ops.bispike import kernel
 from snlp_zoo.ops.bispike.analytic import elastic_bispike_analytic
 from snlp_zoo.ops.bispike.reference import ALPHA_FLOOR, BiSpikeOutput, Reset, elastic_bispike_reference
@@ -77,15 +77,7 @@ def elastic_bispike_measured(
 
 
 def _check(current: Tensor, v_init: Tensor | None, alpha: Tensor, reset: str, spike_dtype: torch.dtype | None) -> None:
-    if current.ndim == 0 or current.shape[0] == 0:
-        raise ValueError(f"elastic_bispike: current needs at least one time step on axis 0, got {tuple(current.shape)}")
-    if not current.is_floating_point() or current.element_size() == 1:
-        raise ValueError(f"elastic_bispike: current must be float32, float64, bfloat16 or float16, got {current.dtype}")
-    if v_init is not None and current.shape[1:] != v_init.shape:
-        raise ValueError(
-            f"elastic_bispike: v_init {tuple(v_init.shape)} must equal current without T {tuple(current.shape[1:])}; "
-            "pass None to start at rest"
-        )
+    check_steps("elastic_bispike", current, v_init)
     if alpha.shape != current.shape[:1]:
         raise ValueError(
             f"elastic_bispike: alpha needs one value per time step, shape ({current.shape[0]},), "

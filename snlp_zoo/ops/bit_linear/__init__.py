@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from snlp_zoo.ops.backend import resolve
+from snlp_zoo.ops.backend import product_dtype, resolve
 from snlp_zoo.ops.bit_linear import kernel
 from snlp_zoo.ops.bit_linear.quantise import WEIGHT_BITS, check_bits, quantise, straight_through
 from snlp_zoo.ops.bit_linear.reference import pack_reference as _pack
@@ -15,7 +15,6 @@ __all__ = [
     "check_bits",
     "pack_weight",
     "packed_bytes",
-    "product_dtype",
     "quantise",
     "sign_dtype",
     "straight_through",
@@ -36,12 +35,6 @@ def unpack_weight(codes: Tensor, bits: float, in_features: int) -> Tensor:
     """The signs in packed weights: int8 [out_features, in_features]."""
     check_bits(bits)
     return unpack_reference(codes, bits, in_features)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a linear layer's output has for x: its own, or that of autocast."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def sign_dtype(x: Tensor, out_features: int) -> torch.dtype | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from snlp_zoo.errors import BackendError
-from snlp_zoo.ops.backend import KERNELS, resolve
+from snlp_zoo.ops.backend import KERNELS, check_steps, resolve
 from snlp_zoo.ops.lif import kernel
 from snlp_zoo.ops.lif.analytic import lif_analytic
 from snlp_zoo.ops.lif.reference import LIFOutput, lif_membranes, lif_reference
@@ -92,15 +92,7 @@ def _period(leak: Tensor, step: torch.Size) -> Tensor:
 
 
 def _check(current: Tensor, v_init: Tensor | None, tau: float | Tensor, spike_dtype: torch.dtype | None) -> None:
-    if current.ndim == 0 or current.shape[0] == 0:
-        raise ValueError(f"lif: current needs at least one time step on axis 0, got shape {tuple(current.shape)}")
-    if not current.is_floating_point() or current.element_size() == 1:
-        raise ValueError(f"lif: current must be float32, float64, bfloat16 or float16, got {current.dtype}")
-    if v_init is not None and current.shape[1:] != v_init.shape:
-        raise ValueError(
-            f"lif: v_init {tuple(v_init.shape)} must equal current without T {tuple(current.shape[1:])}; "
-            "pass None to start at rest"
-        )
+    check_steps("lif", current, v_init)
     if isinstance(tau, Tensor):
         _check_broadcast("tau", tau, current)
     elif not tau >= 1:

@@ -71,6 +71,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
     config: SpikingConfig
     supports_gradient_checkpointing = True
+    spike_driven = ("*layers.*",)  # modules whose every product has spikes on one side: a claim `energy` verifies
     transfer_report: TransferReport | None = None
 
     @classmethod

@@ -109,7 +109,6 @@ class MaskedMean(nn.Module):
 class SpikeBertPreTrainedModel(SpikingPreTrainedModel):
     config: SpikeBertConfig
     base_model_prefix = "spikebert"
-    spike_driven = ("*layers.*",)  # modules whose every product has spikes on one side: a claim `energy` verifies
     _no_split_modules = ["SpikeBertBlock"]  # noqa: RUF012  (an instance variable in transformers)
 
     @torch.no_grad()

@@ -51,11 +51,8 @@ class SpikeBertConfig(SpikingConfig):
             raise ValueError(
                 f"spikebert: tau must be above 1 and v_threshold positive, got {self.tau} and {self.v_threshold}"
             )
-        if self.attention_probs_dropout_prob != 0:
-            raise ValueError(
-                "spikebert: attention_probs_dropout_prob must be 0, for its attention has no dropout; "
-                f"got {self.attention_probs_dropout_prob}"
-            )
+        if (rate := self.attention_probs_dropout_prob) != 0:
+            raise ValueError(f"spikebert has no attention dropout: attention_probs_dropout_prob must be 0, got {rate}")
         if self.use_position_embeddings is None:
             self.use_position_embeddings = self.fidelity == "corrected"
         super().__post_init__(**kwargs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+Weights = Mapping[str, Tensor]
 # our module path inside a layer -> the teacher's; every family names its modules so
 _BERT_LAYER = {
     "attention.query": "attention.self.query",
@@ -51,9 +52,7 @@ def bert_name(name: str, layers: list[int]) -> str:
 
 
 @torch.no_grad()
-def copy_weights(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name_of: Callable[[str], str]
-) -> TransferReport:
+def copy_weights(ours: Weights, theirs: Weights, name_of: Callable[[str], str]) -> TransferReport:
     """Copy into each of our tensors, in place, theirs of the name that `name_of` gives, if there is one that fits."""
     copied, not_copied = [], {}
     for name, tensor in ours.items():

@@ -29,10 +29,11 @@ from snlp_zoo.models.checkpoint import architecture, check_tokenizer, read_json
 from snlp_zoo.models.configuration import SpikingConfig, make_config
 
 Task = Literal["sequence-classification", "masked-lm", "encoder"]
-_TASKS: dict[str, tuple[str, Any]] = {  # task -> (ending of the class name, transformers Auto class)
-    "sequence-classification": ("ForSequenceClassification", AutoModelForSequenceClassification),
-    "masked-lm": ("ForMaskedLM", AutoModelForMaskedLM),
-    "encoder": ("Model", AutoModel),
+# task -> (ending of the class name, transformers' Auto class, the Hub's pipeline tag)
+TASKS: dict[str, tuple[str, Any, str]] = {
+    "sequence-classification": ("ForSequenceClassification", AutoModelForSequenceClassification, "text-classification"),
+    "masked-lm": ("ForMaskedLM", AutoModelForMaskedLM, "fill-mask"),
+    "encoder": ("Model", AutoModel, "feature-extraction"),
 }
 
 
@@ -68,7 +69,7 @@ def model_classes() -> dict[str, dict[str, Any]]:
             config = next(c for c in _defined_in(configuration) if issubclass(c, SpikingConfig))
             stem = config.__name__.removesuffix("Config")
             classes = {c.__name__: c for c in _defined_in(modeling)}
-            tasks = {task: classes[stem + end] for task, (end, _) in _TASKS.items() if stem + end in classes}
+            tasks = {task: classes[stem + end] for task, (end, *_) in TASKS.items() if stem + end in classes}
             found[config.model_type] = {"config": config, **tasks}
     return found
 
@@ -81,9 +82,15 @@ def register() -> None:
     """Make every model known to transformers' Auto classes; called once, on `import snlp_zoo`."""
     for model_type, classes in model_classes().items():
         AutoConfig.register(model_type, classes["config"], exist_ok=True)
-        for task, (_, auto) in _TASKS.items():
+        for task, (_, auto, _) in TASKS.items():
             if task in classes:
                 auto.register(classes["config"], classes[task], exist_ok=True)
+
+
+def task_of(model: Any) -> str:
+    """The task of a model or class, of this zoo or of transformers: "encoder" where it has none of the heads."""
+    name = (model if isinstance(model, type) else type(model)).__name__
+    return next((task for task, (ending, *_) in TASKS.items() if name.endswith(ending)), "encoder")
 
 
 def list_entries() -> list[str]:
@@ -248,7 +255,7 @@ def load_classifier(folder: Path) -> PreTrainedModel:
         CheckpointError: as `load`, or the model has no classifier.
     """
     model = load(folder)
-    if not hasattr(model, "classifier"):
+    if task_of(model) != "sequence-classification":
         raise CheckpointError(f"{folder} holds a {type(model).__name__}, which has no classifier; train it on a task")
     return model
 

@@ -26,6 +26,7 @@ MODELS_SHARE = [
     "models/base.py",
     "models/configuration.py",
     "models/checkpoint.py",
+    "models/transfer.py",
     "models/cache.py",
 ]  # besides these, a model knows only its own configuration
 

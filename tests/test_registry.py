@@ -1,7 +1,14 @@
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from snlp_zoo import registry
 from snlp_zoo.errors import CheckpointError, RecipeError
@@ -62,6 +69,15 @@ def test_every_class_is_found_by_the_auto_classes():
             if task != "config":
                 with torch.device("meta"):
                     assert type(autos[task].from_config(config)) is model_class
+
+
+def test_a_class_or_a_model_says_its_task():
+    for classes in registry.model_classes().values():
+        for task, model_class in classes.items():
+            assert task == "config" or registry.task_of(model_class) == task
+    assert registry.task_of(registry.build("spikebert_tiny", task="masked-lm")) == "masked-lm"
+    assert registry.task_of(BertForSequenceClassification) == "sequence-classification"
+    assert registry.task_of(torch.nn.Linear) == "encoder"
 
 
 def test_build_takes_task_and_overrides():

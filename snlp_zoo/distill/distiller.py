@@ -20,6 +20,7 @@ from snlp_zoo.distill.matching import (
 )
 from snlp_zoo.distill.objectives import OBJECTIVES, count_units
 from snlp_zoo.errors import RecipeError
+from snlp_zoo.registry import task_of
 
 _OF_DENSE_MODELS = ("output_hidden_states", "output_attentions")
 
@@ -57,7 +58,7 @@ class Distiller(nn.Module):
         needs = {need for objective, _ in self.objectives.values() for need in objective.needs}
         self.tables = "embedding_table" in needs  # not a model's output: handed over here
         self.wanted = {f"output_{need}": True for need in sorted(needs - {"embedding_table"})}
-        self.per_token = type(student).__name__.endswith("ForMaskedLM")
+        self.per_token = task_of(student) == "masked-lm"
         states = "hidden_states" in needs
         depth, own = student.config.num_hidden_layers, student.config.hidden_size
         width = teacher.config.hidden_size if teacher is not None and states else own

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.layers.watching import hooked
 from snlp_zoo.models.base import spread_layers
+from snlp_zoo.models.transfer import spread_layers
 
 LAYER_MAPS = ["spread", "skip"]
 LayerMap = str | list[int]  # one of these, or a teacher layer for each of the student's

@@ -15,9 +15,6 @@ from snlp_zoo.data.files import suffix
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.hub.client import RESULTS, digest
 
-_PIPELINES = {"ForSequenceClassification": "text-classification", "ForMaskedLM": "fill-mask"}
-_AUTO = {"ForSequenceClassification": "AutoModelForSequenceClassification", "ForMaskedLM": "AutoModelForMaskedLM"}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -110,11 +107,11 @@ def make_results(run: Run) -> dict[str, str]:
 
 
 def _metadata(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> ModelCardData:
-    task = _PIPELINES.get(_head_of(model), "feature-extraction")
+    _, _, tag = registry.TASKS[registry.task_of(model)]
     name, hub_id = run.dataset
     results = [
         EvalResult(
-            task_type=task,
+            task_type=tag,
             dataset_type=hub_id or name,
             dataset_name=name,
             dataset_split=run.split,
@@ -126,7 +123,7 @@ def _metadata(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> M
     return ModelCardData(
         license=licence,
         library_name="snlp_zoo",
-        pipeline_tag=task,
+        pipeline_tag=tag,
         tags=["snlp_zoo", "spiking-neural-network", model.config.model_type],
         base_model=run.teacher[1],
         datasets=[hub_id] if hub_id else None,
@@ -148,7 +145,7 @@ def _head(run: Run, model: PreTrainedModel, repo_id: str) -> str:
 
 
 def _load(model: PreTrainedModel, repo_id: str) -> str:
-    auto = _AUTO.get(_head_of(model), "AutoModel")
+    auto = registry.TASKS[registry.task_of(model)][1].__name__
     return f"""## How to load
 
 ```python
@@ -185,10 +182,6 @@ def _checksums(run: Run) -> str:
 
 def _table(title: str, left: str, right: str, rows: dict[str, str]) -> str:
     return "\n".join([title, "", f"| {left} | {right} |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
-
-
-def _head_of(model: PreTrainedModel) -> str:
-    return next((head for head in _PIPELINES if type(model).__name__.endswith(head)), "")
 
 
 def _name(source: str) -> tuple[str, str | None]:

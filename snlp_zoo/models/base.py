@@ -4,11 +4,10 @@ Shapes: T, B, N, D, H as in ops/lif/reference.py. T lives inside a model only; e
 """
 
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from snlp_zoo.layers import BitLinear, ElasticBiSpike
 from snlp_zoo.layers.quant import Int8Embedding, int8_tables
 from snlp_zoo.models.checkpoint import architecture, check_finite, check_weights, locate, read_json, stored_weights
 from snlp_zoo.models.configuration import SpikingConfig, config_names, make_config, read_config
+from snlp_zoo.models.transfer import TransferReport, bert_name, by_short_name, copy_weights, short_name, spread_layers
 
 logger = logging.getLogger(__name__)
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
@@ -60,16 +60,6 @@ class SpikingHeadOutput(ModelOutput):
     steps_used: Tensor | None = None
 
 
-class TransferReport(NamedTuple):
-    copied: list[str]  # student parameters that now hold the teacher's values
-    not_copied: dict[str, str]  # student parameter -> why it keeps its fresh initialisation
-
-
-def spread_layers(student_layers: int, teacher_layers: int) -> list[int]:
-    """Teacher layer (0-based) for each student layer, evenly spread, the last on the last: 3 of 6 gives [1, 3, 5]."""
-    return [max((i + 1) * teacher_layers // student_layers - 1, 0) for i in range(student_layers)]
-
-
 def _subclasses(model_class: Any) -> Iterator[Any]:
     for subclass in model_class.__subclasses__():
         yield subclass
@@ -81,17 +71,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
     config: SpikingConfig
     supports_gradient_checkpointing = True
-    # our module path -> the teacher's, "{}" stands for the layer number; a family whose layers differ has its own
-    teacher_names: ClassVar[dict[str, str]] = {
-        "layers.{}.attention.query": "encoder.layer.{}.attention.self.query",
-        "layers.{}.attention.key": "encoder.layer.{}.attention.self.key",
-        "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
-        "layers.{}.attention.output": "encoder.layer.{}.attention.output.dense",
-        "layers.{}.attention.norm": "encoder.layer.{}.attention.output.LayerNorm",
-        "layers.{}.mlp.up": "encoder.layer.{}.intermediate.dense",
-        "layers.{}.mlp.down": "encoder.layer.{}.output.dense",
-        "layers.{}.mlp.norm": "encoder.layer.{}.output.LayerNorm",
-    }
+    spike_driven = ("*layers.*",)  # modules whose every product has spikes on one side: a claim `energy` verifies
     transfer_report: TransferReport | None = None
 
     @classmethod
@@ -190,38 +170,24 @@ class SpikingPreTrainedModel(PreTrainedModel):
         student.copy_from(teacher)
         return student
 
-    @torch.no_grad()
     def copy_from(self, teacher: PreTrainedModel) -> TransferReport:
         """Copy a BERT-like teacher's weights in place; `from_teacher` without making the student.
 
         Raises:
             ValueError: none of its layers fits.
         """
-        source = {k.removeprefix(f"{teacher.base_model_prefix}."): v for k, v in teacher.state_dict().items()}
         layers = spread_layers(self.config.num_hidden_layers, teacher.config.num_hidden_layers)
-        copied, not_copied = [], {}
-        for name, parameter in self.named_parameters():
-            theirs = source.get(self._teacher_name(name.removeprefix(f"{self.base_model_prefix}."), layers))
-            if theirs is None:
-                not_copied[name] = "the teacher has no such weight"
-            elif theirs.shape != parameter.shape:
-                not_copied[name] = f"shape {tuple(parameter.shape)}, the teacher's is {tuple(theirs.shape)}"
-            else:
-                parameter.copy_(theirs)
-                copied.append(name)
-        if not any(".layers." in f".{name}" for name in copied):
+        report = self.transfer_report = copy_weights(
+            dict(self.named_parameters()),
+            by_short_name(teacher),
+            lambda name: bert_name(short_name(self, name), layers),
+        )
+        if not any(short_name(self, name).startswith("layers.") for name in report.copied):
             raise ValueError(f"no layer of the teacher ({type(teacher).__name__}) fits {type(self).__name__}")
-        if not_copied:
-            reasons = "; ".join(f"{name} ({why})" for name, why in not_copied.items())
+        if report.not_copied:
+            reasons = "; ".join(f"{name} ({why})" for name, why in report.not_copied.items())
             logger.warning("not copied from the teacher: %s", reasons)
-        self.transfer_report = TransferReport(copied, not_copied)
-        return self.transfer_report
-
-    def _teacher_name(self, name: str, layers: list[int]) -> str:
-        path, _, leaf = name.rpartition(".")
-        layer = re.search(r"\d+", path)
-        theirs = self.teacher_names.get(re.sub(r"\d+", "{}", path), path)
-        return f"{theirs.format(layers[int(layer[0])] if layer else '')}.{leaf}"
+        return report
 
 
 class SpikingEncoder(SpikingPreTrainedModel):

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.models.checkpoint import read_json
+from snlp_zoo.ops.backend import Backend
 from snlp_zoo.ops.bit_linear import WEIGHT_BITS
 
 # No published encoder comes near these; a configuration file from elsewhere must not allocate without limit.
@@ -40,8 +41,9 @@ _BESIDE_FIELDS |= {"name_or_path", "_name_or_path"}
 
 @strict
 class SpikingConfig(PreTrainedConfig):
-    """Fields every spiking encoder has; names as in BERT, plus `time_steps` (T) and how weights are kept:
+    """Fields every spiking encoder has; names as in BERT, plus `time_steps` (T) and:
 
+    neuron_backend: "auto", "torch", "triton" or "cupy".
     weight_bits: 32, 1.58 or 1, of the linear layers inside the encoder; embeddings, norms, pooler and heads stay float.
     packed, int8_embeddings: what `layers.pack` has done to the model; not for a model that is to be trained.
     """
@@ -65,6 +67,7 @@ class SpikingConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     output_spike_rates: bool = False
     time_steps: int = 4
+    neuron_backend: str = "auto"
     weight_bits: float | int = 32
     packed: bool = False
     int8_embeddings: bool = False
@@ -74,6 +77,7 @@ class SpikingConfig(PreTrainedConfig):
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
         self._refuse_unknown(kwargs)
+        self._require("neuron_backend", get_args(Backend))
         for name, (low, high) in _BOUNDS.items():
             if (value := getattr(self, name)) is not None and not low <= value <= high:
                 raise ValueError(f"{self.model_type}: {name} must be between {low} and {high}, got {value}")

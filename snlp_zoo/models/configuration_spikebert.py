@@ -1,13 +1,10 @@
 """Configuration of SpikeBERT."""
 
-from typing import get_args
-
 from huggingface_hub.dataclasses import strict
 
 from snlp_zoo.layers.attention import ATTENTIONS
 from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.ops import SURROGATES
-from snlp_zoo.ops.backend import Backend
 
 NEURONS = ("lif", "if", "plif", "ternary")
 FIDELITIES = ("corrected", "released")
@@ -29,7 +26,6 @@ class SpikeBertConfig(SpikingConfig):
         fidelity: "corrected", or "released" for the authors' wiring: padding attends, spikes and is pooled, and nothing
             tells positions apart.
         use_position_embeddings: learned positions, added before embeddings become spikes; None: not if released.
-        neuron_backend: "auto", "torch", "triton" or "cupy".
     """
 
     model_type = "spikebert"
@@ -47,18 +43,18 @@ class SpikeBertConfig(SpikingConfig):
     attention: str = "ssa"
     fidelity: str = "corrected"
     use_position_embeddings: bool | None = None
-    neuron_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
         self._require("neuron", NEURONS)
         self._require("surrogate", SURROGATES)
         self._require("attention", tuple(ATTENTIONS))
         self._require("fidelity", FIDELITIES)
-        self._require("neuron_backend", get_args(Backend))
         if not (self.tau > 1 and self.v_threshold > 0):
             raise ValueError(
                 f"spikebert: tau must be above 1 and v_threshold positive, got {self.tau} and {self.v_threshold}"
             )
+        if (rate := self.attention_probs_dropout_prob) != 0:
+            raise ValueError(f"spikebert has no attention dropout: attention_probs_dropout_prob must be 0, got {rate}")
         if self.use_position_embeddings is None:
             self.use_position_embeddings = self.fidelity == "corrected"
         super().__post_init__(**kwargs)

@@ -6,7 +6,6 @@ from huggingface_hub.dataclasses import strict
 
 from snlp_zoo.layers.neurons import ALPHA_MODES
 from snlp_zoo.models.configuration import SpikingConfig
-from snlp_zoo.ops.backend import Backend
 from snlp_zoo.ops.bispike import Reset
 
 
@@ -21,7 +20,6 @@ class SpikeLMConfig(SpikingConfig):
         reset: "symmetric", or "reference" for the released recursion.
         alpha_mode: "first_batch" (as released), "ema" or "learned"; see `layers.ElasticBiSpike`.
         alpha_momentum: share of the old amplitude kept per batch in mode "ema".
-        neuron_backend: "auto", "torch", "triton" or "cupy".
     """
 
     model_type = "spikelm"
@@ -31,12 +29,10 @@ class SpikeLMConfig(SpikingConfig):
     reset: str = "symmetric"
     alpha_mode: str = "ema"
     alpha_momentum: float | int = 0.99
-    neuron_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
         self._require("reset", get_args(Reset))
         self._require("alpha_mode", ALPHA_MODES)
-        self._require("neuron_backend", get_args(Backend))
         if not (self.firing_k > 0 and 0 <= self.membrane_beta <= 1 and 0 <= self.alpha_momentum <= 1):
             raise ValueError(
                 "spikelm: firing_k must be positive, membrane_beta and alpha_momentum in [0, 1]; "

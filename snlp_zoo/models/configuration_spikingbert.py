@@ -1,11 +1,10 @@
 """Configuration of SpikingBERT."""
 
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
 from snlp_zoo.models.configuration import SpikingConfig
-from snlp_zoo.ops.backend import Backend
 
 ATTENTIONS = ("softmax", "linear")
 
@@ -25,7 +24,6 @@ class SpikingBertConfig(SpikingConfig):
             then solves for the equilibrium, and the simulation runs step by step.
         attention: "softmax", or "linear": query times key over the number of tokens, without softmax.
         max_iter, tolerance: of the fixed-point solver, for feedback only; the residual is relative.
-        neuron_backend: "auto", "torch", "triton" or "cupy".
     """
 
     model_type = "spikingbert"
@@ -39,11 +37,9 @@ class SpikingBertConfig(SpikingConfig):
     attention: str = "softmax"
     max_iter: int = 100
     tolerance: float = 1e-3
-    neuron_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
         self._require("attention", ATTENTIONS)
-        self._require("neuron_backend", get_args(Backend))
         if not (self.v_threshold > 0 and 0 < self.leak <= 1 and 0 <= self.v_init < 1):
             raise ValueError(
                 "spikingbert: v_threshold must be positive, leak in (0, 1] and v_init in [0, 1); "

@@ -11,7 +11,7 @@ Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py.
 """
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,16 +120,7 @@ class MaskedMean(nn.Module):
 class SpikeBertPreTrainedModel(SpikingPreTrainedModel):
     config: SpikeBertConfig
     base_model_prefix = "spikebert"
-    spike_driven = ("*layers.*",)  # modules whose every product has spikes on one side: a claim `energy` verifies
     _no_split_modules = ["SpikeBertBlock"]  # noqa: RUF012  (an instance variable in transformers)
-    teacher_names: ClassVar[dict[str, str]] = {
-        "layers.{}.attention.query.linear": "encoder.layer.{}.attention.self.query",
-        "layers.{}.attention.key.linear": "encoder.layer.{}.attention.self.key",
-        "layers.{}.attention.value.linear": "encoder.layer.{}.attention.self.value",
-        "layers.{}.attention.output.linear": "encoder.layer.{}.attention.output.dense",
-        "layers.{}.mlp.up.linear": "encoder.layer.{}.intermediate.dense",
-        "layers.{}.mlp.down.linear": "encoder.layer.{}.output.dense",
-    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -117,7 +117,6 @@ class SpikeLMBlock(GradientCheckpointingLayer):
 class SpikeLMPreTrainedModel(SpikingPreTrainedModel):
     config: SpikeLMConfig
     base_model_prefix = "spikelm"
-    spike_driven = ("*layers.*",)  # modules whose every product has spikes on one side: a claim `energy` verifies
     _no_split_modules = ["SpikeLMBlock"]  # noqa: RUF012  (an instance variable in transformers)
 
 

@@ -138,7 +138,6 @@ class SpikingBertBlock(GradientCheckpointingLayer):
 class SpikingBertPreTrainedModel(SpikingPreTrainedModel):
     config: SpikingBertConfig
     base_model_prefix = "spikingbert"
-    spike_driven = ("*layers.*",)  # modules whose every product has spikes on one side: a claim `energy` verifies
     _no_split_modules = ["SpikingBertBlock"]  # noqa: RUF012  (an instance variable in transformers)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.layers.firing import effective_domain_recorded
+from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.train.metrics import score
 
 SAMPLE = 8  # texts on which neurons are looked at
@@ -30,7 +31,7 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
     """
     was_training = model.training
     model.eval()
-    spikes = {"output_spike_rates": True} if hasattr(model.config, "time_steps") else {}
+    spikes = {"output_spike_rates": True} if isinstance(model.config, SpikingConfig) else {}
     rows: list[tuple[int, np.ndarray, Any]] = []  # example number, logits, label
     fired: list[tuple[float, int]] = []  # firing rate and tokens of a batch
     for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):

@@ -34,6 +34,8 @@ from transformers import get_scheduler
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.errors import CheckpointError, DataError, Interrupted, RecipeError
 from snlp_zoo.layers.neurons import set_surrogate_temperature
+from snlp_zoo.models.configuration import SpikingConfig
+from snlp_zoo.registry import task_of
 from snlp_zoo.train.checkpoints import Checkpoints
 from snlp_zoo.train.evaluation import (
     effective_domain,
@@ -124,7 +126,7 @@ class Trainer:
         self.loader, self.eval_loader = loaders
         self.distiller: Distiller = accelerator.unwrap_model(self.module)
         register_fsdp_forward_method(self.distiller, "losses_and_rate")  # does nothing without FSDP2
-        spikes = hasattr(distiller.student.config, "time_steps")  # a teacher does not
+        spikes = isinstance(distiller.student.config, SpikingConfig)  # a teacher does not
         self.sample = sample(self.eval_loader, accelerator.device) if spikes else None
         self.checkpoints = Checkpoints(accelerator, self.module, folder / "checkpoints", settings)
         self.stop = StopSignals(accelerator.num_processes)
@@ -252,7 +254,7 @@ class Trainer:
     def _evaluate(self) -> None:
         progress = self.progress
         student = self.distiller.student
-        if student.base_model is student:  # no head, no predictions
+        if task_of(student) == "encoder":  # no head, no predictions
             weights = [value_at(weight, 1.0) for weight in self.scheduled[1:]]
             scores = evaluate_losses(self.accelerator, self.distiller, self.eval_loader, weights, "validate")
         else:

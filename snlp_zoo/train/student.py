@@ -15,6 +15,7 @@ from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.layers.neurons import set_surrogate_temperature
 from snlp_zoo.models.configuration import SpikingConfig
+from snlp_zoo.models.transfer import by_short_name, copy_weights, short_name
 from snlp_zoo.train.recipe import Recipe
 from snlp_zoo.train.teacher import label_options
 
@@ -82,7 +83,6 @@ def _classes(recipe: Recipe) -> dict[str, Any]:
     return registry.model_classes()[recipe.model.model_type]
 
 
-@torch.no_grad()
 def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
     """Copy a saved student's weights into another, in place, by name and shape; what keeps its start is logged.
 
@@ -100,22 +100,17 @@ def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
         raise RecipeError(
             f"model.init_from: {path_or_entry} is packed for inference; name the student it was made from"
         )
-    theirs, ours = _by_short_name(source), _by_short_name(student)
-    fits = {name: name in theirs and theirs[name].shape == tensor.shape for name, tensor in ours.items()}
-    parameters = {name.removeprefix(f"{student.base_model_prefix}.") for name, _ in student.named_parameters()}
-    for name in ours.keys() - parameters:
-        if not fits[name]:
-            module = name.rpartition(".")[0]
-            fits |= {n: False for n in ours.keys() - parameters if n.rpartition(".")[0] == module}
-    for name, fitting in fits.items():
-        if fitting:
-            ours[name].copy_(theirs[name])
-    if not any(fits[name] and name.startswith("layers.") for name in parameters & fits.keys()):
+    ours, theirs = by_short_name(student), by_short_name(source)
+    parameters = {short_name(student, name) for name, _ in student.named_parameters()}
+    buffers = ours.keys() - parameters
+    torn = {n.rpartition(".")[0] for n in buffers if n not in theirs or theirs[n].shape != ours[n].shape}
+    theirs = {n: t for n, t in theirs.items() if n not in buffers or n.rpartition(".")[0] not in torn}
+    copied, not_copied = copy_weights(ours, theirs, lambda name: name)
+    if not any(name.startswith("layers.") for name in parameters.intersection(copied)):
         raise RecipeError(f"model.init_from: no layer of {path_or_entry} fits the student; name another or 'scratch'")
-    left = [name for name, fitting in fits.items() if not fitting]
-    if left:
-        logger.warning("not copied from %s: %s", path_or_entry, ", ".join(left))
-    return left
+    if not_copied:
+        logger.warning("not copied from %s: %s", path_or_entry, ", ".join(not_copied))
+    return list(not_copied)
 
 
 def save_projection(weights: dict[str, Tensor], folder: Path) -> None:
@@ -133,8 +128,3 @@ def load_projection(projection: nn.Module, init_from: str) -> None:
     ours = projection.state_dict()
     if {n: t.shape for n, t in theirs.items()} == {n: t.shape for n, t in ours.items()}:
         projection.load_state_dict(theirs)
-
-
-def _by_short_name(model: PreTrainedModel) -> dict[str, Tensor]:
-    prefix = f"{model.base_model_prefix}."
-    return {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}

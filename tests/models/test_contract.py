@@ -234,7 +234,7 @@ def test_saved_and_loaded_through_the_auto_class(entry, task, tmp_path):
     model = make(entry, task)
     batch = make_batch(model)
     model.save_pretrained(tmp_path)
-    auto = registry._TASKS[task][1]
+    auto = registry.TASKS[task][1]
     loaded = auto.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert not loaded.training

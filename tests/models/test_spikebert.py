@@ -179,6 +179,8 @@ def test_starts_from_a_teachers_linear_layers():
         ({"fidelity": "exact"}, "fidelity must be one of corrected, released"),
         ({"tau": 1.0}, "tau must be above 1"),
         ({"v_threshold": 0.0}, "v_threshold positive"),
+        ({"attention_probs_dropout_prob": 0.9}, r"attention_probs_dropout_prob must be 0, got 0\.9"),
+        ({"neuron_backend": "cuda"}, "neuron_backend must be one of auto, torch, triton, cupy, got 'cuda'"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size 30 must be a multiple of num_attention_heads 4"),
     ],
 )

@@ -12,10 +12,10 @@ from transformers import (
 )
 
 from snlp_zoo.layers import ElasticBiSpike
-from snlp_zoo.models.base import spread_layers
 from snlp_zoo.models.configuration import make_config
 from snlp_zoo.models.configuration_spikelm import SpikeLMConfig
 from snlp_zoo.models.modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
+from snlp_zoo.models.transfer import spread_layers
 from snlp_zoo.registry import build, load_entry
 
 SIZES = {

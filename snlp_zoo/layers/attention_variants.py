@@ -11,6 +11,7 @@ that close to the threshold.
 Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class HeadShare(nn.Module):
             self.logit = nn.Parameter(made.logit())
         else:
             self.register_buffer("share", made)
-        self.fresh = {"logit": made.logit().tolist()} if learnable else {"share": made.tolist()}
+        self.fresh = {"logit": [math.log(x / (1 - x)) for x in shares]} if learnable else {"share": shares}
 
     def forward(self) -> Tensor:
         return (self.logit.sigmoid() if self.learnable else self.share).view(-1, 1, 1)

@@ -113,8 +113,8 @@ class MaskedMean(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [B, N, D], mask [B, N] -> [B, D]; zeros where there is no token."""
-        mask = mask.to(x.dtype).unsqueeze(-1)
-        return (x * mask).sum(1) / mask.sum(1).clamp_min(1)
+        tokens = mask.sum(1, keepdim=True).clamp_min(1)  # a whole number: bfloat16 would round it above 256
+        return (x * mask.unsqueeze(-1).to(x.dtype)).sum(1) / tokens
 
 
 class SpikeBertPreTrainedModel(SpikingPreTrainedModel):

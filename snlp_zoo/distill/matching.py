@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.layers.watching import hooked
-from snlp_zoo.models.base import spread_layers
 from snlp_zoo.models.transfer import spread_layers
 
 LAYER_MAPS = ["spread", "skip"]

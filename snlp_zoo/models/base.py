@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
     config: SpikingConfig
     supports_gradient_checkpointing = True
     spike_driven = ("*layers.*",)  # modules whose every product has spikes on one side: a claim `energy` verifies
+    # where gradients of spikes come from; straight through (bi-spike) and at equilibrium there is no surrogate
+    gradient: ClassVar[Literal["surrogate", "straight_through", "equilibrium"]] = "surrogate"
     transfer_report: TransferReport | None = None
 
     @classmethod
@@ -145,6 +147,9 @@ class SpikingPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BertEmbeddings):
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
             init.zeros_(module.token_type_ids)
+        for name, start in getattr(module, "fresh", {}).items():  # of neurons and attention: not what torch allocated
+            state = getattr(module, name)
+            init.copy_(state, torch.tensor(start, dtype=state.dtype, device=state.device).expand_as(state))
 
     @classmethod
     def from_teacher(cls, teacher: PreTrainedModel, **config: Any) -> Self:

@@ -117,6 +117,7 @@ class SpikeLMBlock(GradientCheckpointingLayer):
 class SpikeLMPreTrainedModel(SpikingPreTrainedModel):
     config: SpikeLMConfig
     base_model_prefix = "spikelm"
+    gradient = "straight_through"
     _no_split_modules = ["SpikeLMBlock"]  # noqa: RUF012  (an instance variable in transformers)
 
 

@@ -259,7 +259,9 @@ class Trainer:
             scores = evaluate_losses(self.accelerator, self.distiller, self.eval_loader, weights, "validate")
         else:
             scores = evaluate(self.accelerator, student, self.eval_loader, "validate")
-        domain = effective_domain(student, self.sample) if self.sample else {}
+        domain = {}
+        if self.sample and student.gradient != "equilibrium":
+            domain = effective_domain(student, self.sample)
         more = {"effective_domain": domain} if domain else {}
         self._write({"step": progress.step, "split": "validation", **scores, **more})
         metric = next(iter(scores.values()))

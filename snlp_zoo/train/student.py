@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +12,6 @@ from snlp_zoo import hub, registry
 from snlp_zoo.distill.distiller import gives_attention_scores
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
-from snlp_zoo.layers.neurons import set_surrogate_temperature
 from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.models.transfer import by_short_name, copy_weights, short_name
 from snlp_zoo.train.recipe import Recipe
@@ -47,20 +45,15 @@ def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_nam
             f"objectives: model_type {recipe.model.model_type!r} does not give the attention scores that "
             "attention_score_mse compares; use attention_mse"
         )
-    if recipe.train.surrogate_temperature != 1:
-        _check_surrogates(recipe, config)
-    return config
-
-
-def _check_surrogates(recipe: Recipe, config: SpikingConfig) -> None:
-    with torch.device("meta"):
-        student = _classes(recipe)["encoder"](config)
-    set_surrogate_temperature(student, 1.0)
-    if not any(hasattr(module, "surrogate_temperature") for module in student.modules()):
+    encoder = _classes(recipe)["encoder"]
+    if recipe.train.surrogate_temperature != 1 and encoder.gradient != "surrogate":
         raise RecipeError(
             f"train.surrogate_temperature: the neurons of model_type {recipe.model.model_type!r} have no surrogate "
             "whose width could change; leave it out"
         )
+    if "attentions" in needs and getattr(config, "attention", None) == "sdsa":
+        raise RecipeError("objectives: attention 'sdsa' has no attention weights to compare; leave attention_mse out")
+    return config
 
 
 def make_student(recipe: Recipe, config: SpikingConfig, teacher: PreTrainedModel) -> PreTrainedModel:

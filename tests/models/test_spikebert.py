@@ -226,3 +226,22 @@ def test_ternary_spikes_stay_whole_in_the_residual_stream_and_fold():
         torch.testing.assert_close(fold_amplitude(model)(**batch).logits, before, rtol=0, atol=1e-5)
     amplitudes = [row for row in estimate(model, batch).layers if row["role"] == "amplitude"]
     assert amplitudes == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "ending", "start"),
+    [
+        ({"neuron": "ternary"}, "mlp.up.neuron.amplitude", 1.0),
+        ({"neuron": "plif"}, "query.neuron.w", 0.0),
+        ({"learnable_surrogate": True}, "query.neuron.surrogate_log_alpha", 0.6931472),
+        ({"attention": "linear"}, "decay.logit", 2.1972246),
+        ({"attention": "axnor"}, "a.logit", -2.1972246),
+    ],
+)
+def test_what_a_checkpoint_lacks_starts_afresh(changes, ending, start, tmp_path):
+    make().save_pretrained(tmp_path)
+    loaded = SpikeBertForSequenceClassification.from_pretrained(tmp_path, allow_missing=True, **changes)
+    found = {name: tensor for name, tensor in loaded.state_dict().items() if name.endswith(ending)}
+    assert len(found) == 2
+    for tensor in found.values():
+        torch.testing.assert_close(tensor, torch.full_like(tensor, start))

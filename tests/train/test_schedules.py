@@ -79,7 +79,7 @@ OBJECTIVES = {
     "hidden_mse": {"weight": {"start": 2.0, "end": 0.1, "shape": "cosine"}},
 }
 CHANGES = {  # 12 steps
-    "model": {"model_type": "spikingbert"},
+    "model": {"model_type": "spikebert"},
     "objectives": OBJECTIVES,
     "train": {"surrogate_temperature": [4.0, 0.5], "save_steps": 5},
 }
@@ -155,7 +155,7 @@ def test_the_best_encoder_is_chosen_by_the_last_weights(run, metrics):
 
 
 def test_a_saved_student_knows_no_temperature(run):
-    changes = {"model": {"model_type": "spikingbert"}}
+    changes = {"model": {"model_type": "spikebert"}}
     folders = [run(**changes, train={"surrogate_temperature": value, "max_steps": 1})[0] for value in (2.0, 1.0)]
     ours, theirs = (json.loads((folder / "model" / "config.json").read_text()) for folder in folders)
     assert ours == theirs
@@ -163,7 +163,8 @@ def test_a_saved_student_knows_no_temperature(run):
     assert names[0] == names[1]
 
 
-def test_a_student_without_surrogates_is_told_before_anything_runs(run, tmp_path):
-    with pytest.raises(RecipeError, match="neurons of model_type 'spikelm' have no surrogate"):
-        run(into=tmp_path / "run", train={"surrogate_temperature": [2.0, 1.0]})
+@pytest.mark.parametrize("family", ["spikelm", "spikingbert"])
+def test_a_student_without_surrogates_is_told_before_anything_runs(run, tmp_path, family):
+    with pytest.raises(RecipeError, match=f"neurons of model_type '{family}' have no surrogate"):
+        run(into=tmp_path / "run", model={"model_type": family}, train={"surrogate_temperature": [2.0, 1.0]})
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from snlp_zoo import cli, registry
@@ -22,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
     parts = [part for line in lines for part in line.split("&&")]
     return [shlex.split(part, comments=True) for part in parts]
 
@@ -33,7 +34,7 @@ def test_python_blocks_run(code):
 
 
 def test_commands_exist_and_take_these_options():
-    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    known = set(get_command(cli.app).commands)
     ours = [words[1:] for words in commands() if words[0] == "snlp-zoo"]
     assert {words[0] for words in ours} == known
     for words in ours:

@@ -61,18 +61,18 @@ class HeadShare(nn.Module):
 
     def __init__(self, what: str, share: float | Sequence[float], num_heads: int, learnable: bool) -> None:
         super().__init__()
-        shares = [share] * num_heads if isinstance(share, int | float) else list(share)
+        shares = [float(share)] * num_heads if isinstance(share, int | float) else [float(x) for x in share]
         inside = all(0 < x < 1 if learnable else 0 <= x <= 1 for x in shares)
         if len(shares) != num_heads or not inside:
             bounds = "strictly between 0 and 1 where learned" if learnable else "from 0 to 1"
             raise ValueError(f"{what} is one number, or one for each of {num_heads} heads, {bounds}; got {share}")
-        made = torch.tensor(shares, dtype=torch.float32)
         self.learnable = learnable
         if learnable:
-            self.logit = nn.Parameter(made.logit())
+            self.fresh = {"logit": [math.log(x / (1 - x)) for x in shares]}
+            self.logit = nn.Parameter(torch.tensor(self.fresh["logit"]))
         else:
-            self.register_buffer("share", made)
-        self.fresh = {"logit": [math.log(x / (1 - x)) for x in shares]} if learnable else {"share": shares}
+            self.fresh = {"share": shares}
+            self.register_buffer("share", torch.tensor(shares))
 
     def forward(self) -> Tensor:
         return (self.logit.sigmoid() if self.learnable else self.share).view(-1, 1, 1)

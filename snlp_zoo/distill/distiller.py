@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from snlp_zoo.data.batches import model_inputs
 from snlp_zoo.distill.matching import (
     LayerMap,
     NormedProjection,
@@ -83,7 +84,7 @@ class Distiller(nn.Module):
         return self._losses_and_rate(batch, **more)
 
     def _losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Any]:
-        inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+        inputs = model_inputs(batch)
         student = self.student(**inputs, **(self.wanted | more))
         if student.hidden_states is not None:
             student.hidden_states = self.projection(student.hidden_states)

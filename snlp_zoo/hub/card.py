@@ -1,6 +1,5 @@
 """The card of a published model and its results in the Hub's two formats, made of what the run folder says."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from snlp_zoo import registry
 from snlp_zoo.data.files import suffix
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.hub.client import RESULTS, digest
+from snlp_zoo.models.checkpoint import read_json
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def read_run(folder: Path) -> Run:
         recipe = registry.read_yaml(last) | {"name": recipe["name"]}
     report = run / "energy.md"
     energy = report.read_text(encoding="utf-8").strip() if report.is_file() else ""
-    return Run(folder, _read_json(run / "summary.json"), recipe, energy)
+    summary = run / "summary.json"
+    return Run(folder, read_json(summary) if summary.is_file() else {}, recipe, energy)
 
 
 def make_card(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> str:
@@ -189,15 +190,3 @@ def _name(source: str) -> tuple[str, str | None]:
     written = source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source
     local = written or Path(source).exists() or suffix(source) is not None
     return (Path(source).stem or "?", None) if local and source else (source, source if "/" in source else None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold one JSON object, found {type(content).__name__}")
-    return content

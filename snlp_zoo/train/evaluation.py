@@ -1,7 +1,5 @@
 """Scores on a split: of a model with a head by its predictions, of an encoder by its distance from the teacher."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,13 +10,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from snlp_zoo.data.batches import model_inputs
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.layers.firing import effective_domain_recorded
+from snlp_zoo.layers.watching import evaluating
 from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.train.metrics import score
 
 SAMPLE = 8  # texts on which neurons are looked at
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @torch.no_grad()
@@ -29,21 +28,18 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
         model: unwrapped; its training mode is restored.
         label: what the progress bar says.
     """
-    was_training = model.training
-    model.eval()
     spikes = {"output_spike_rates": True} if isinstance(model.config, SpikingConfig) else {}
     rows: list[tuple[int, np.ndarray, Any]] = []  # example number, logits, label
     fired: list[tuple[float, int]] = []  # firing rate and tokens of a batch
-    for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
-        batch = own_rows(accelerator, whole)
-        inputs = never_empty(batch, whole)
-        output = model(**{k: inputs[k] for k in _INPUTS if k in inputs}, **spikes)
-        if len(batch["index"]):
-            columns = (batch["index"].tolist(), output.logits.float().cpu().numpy(), batch["labels"].cpu().numpy())
-            rows += zip(*columns, strict=True)
-            if spikes:
-                fired.append((float(output.firing_rate), int(batch["attention_mask"].sum())))
-    model.train(was_training)
+    with evaluating(model):
+        for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
+            batch = own_rows(accelerator, whole)
+            output = model(**model_inputs(never_empty(batch, whole)), **spikes)
+            if len(batch["index"]):
+                columns = (batch["index"].tolist(), output.logits.float().cpu().numpy(), batch["labels"].cpu().numpy())
+                rows += zip(*columns, strict=True)
+                if spikes:
+                    fired.append((float(output.firing_rate), int(batch["attention_mask"].sum())))
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     scores = score(np.stack([row[1] for row in rows]), np.stack([row[2] for row in rows]))
     if spikes:
@@ -62,16 +58,14 @@ def evaluate_losses(
         negative_loss (minus the weighted sum, so that more is better), every objective's mean over all batches,
         firing_rate. Equal on every rank.
     """
-    was_training = distiller.training
-    distiller.eval()
     sums: list[tuple[Tensor, Tensor, float, int]] = []  # losses times units, units, firing rate times tokens, tokens
-    for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
-        batch = own_rows(accelerator, whole)
-        losses, rate = distiller.losses_and_rate(never_empty(batch, whole), output_spike_rates=True)
-        if len(batch["index"]):
-            units, tokens = distiller.counts(batch).double(), int(batch["attention_mask"].sum())
-            sums.append(((losses.double() * units).cpu(), units.cpu(), float(rate) * tokens, tokens))
-    distiller.train(was_training)
+    with evaluating(distiller):
+        for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
+            batch = own_rows(accelerator, whole)
+            losses, rate = distiller.losses_and_rate(never_empty(batch, whole), output_spike_rates=True)
+            if len(batch["index"]):
+                units, tokens = distiller.counts(batch).double(), int(batch["attention_mask"].sum())
+                sums.append(((losses.double() * units).cpu(), units.cpu(), float(rate) * tokens, tokens))
     losses, units, fired, tokens = (sum(column) for column in zip(*gather_object(sums), strict=True))
     means = (losses / units.clamp_min(1)).tolist()
     negative = -sum(weight * mean for weight, mean in zip(weights, means, strict=True))
@@ -98,13 +92,13 @@ def sample(loader: DataLoader, device: torch.device) -> dict[str, Tensor]:
     """Inputs of a few texts of middling length, the same at every look and on every rank."""
     batches = list(loader.batch_sampler)  # type: ignore[arg-type]
     batch = loader.collate_fn(batches[len(batches) // 2][:SAMPLE])
-    return send_to_device({key: batch[key] for key in _INPUTS if key in batch}, device)
+    return send_to_device(model_inputs(batch), device)
 
 
 @torch.no_grad()
 def firing_rates(student: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, float]:
     """Firing rate of each of a student's neuron sites on these texts."""
-    with _evaluating(student):
+    with evaluating(student):
         output = student(**inputs, output_spike_rates=True)
     return {site: float(rate.mean()) for site, rate in output.spike_rates.items()}
 
@@ -112,14 +106,6 @@ def firing_rates(student: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[st
 @torch.no_grad()
 def effective_domain(student: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, float]:
     """Share of membrane potentials whose surrogate gradient is not negligible on these texts, site by site."""
-    with _evaluating(student), effective_domain_recorded(student.base_model, inputs["attention_mask"]) as shares:
+    with evaluating(student), effective_domain_recorded(student.base_model, inputs["attention_mask"]) as shares:
         student(**inputs)
     return {site: round(float(share), 4) for site, share in shares.items()}
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    yield
-    model.train(was_training)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,11 +29,12 @@ from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.models.checkpoint import architecture, check_tokenizer, read_json
 from snlp_zoo.models.configuration import SpikingConfig, make_config
 
-Task = Literal["sequence-classification", "masked-lm", "encoder"]
+Task = Literal["sequence-classification", "masked-lm", "causal-lm", "encoder"]
 # task -> (ending of the class name, transformers' Auto class, the Hub's pipeline tag)
 TASKS: dict[str, tuple[str, Any, str]] = {
     "sequence-classification": ("ForSequenceClassification", AutoModelForSequenceClassification, "text-classification"),
     "masked-lm": ("ForMaskedLM", AutoModelForMaskedLM, "fill-mask"),
+    "causal-lm": ("ForCausalLM", AutoModelForCausalLM, "text-generation"),
     "encoder": ("Model", AutoModel, "feature-extraction"),
 }
 
@@ -208,7 +210,7 @@ def build(entry: str, *, task: Task | None = None, **overrides: Any) -> PreTrain
 
     Args:
         entry: name of a zoo entry, see `list_entries`.
-        task: "sequence-classification", "masked-lm" or "encoder"; None takes the entry's own.
+        task: one of `TASKS`; None takes the entry's own.
         overrides: configuration fields to change, e.g. time_steps=2.
     Raises:
         RecipeError: unknown entry, field or task.

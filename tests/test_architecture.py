@@ -24,6 +24,7 @@ LEVELS = [
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
 MODELS_SHARE = [
     "models/base.py",
+    "models/encoder.py",
     "models/configuration.py",
     "models/checkpoint.py",
     "models/transfer.py",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snlp_zoo.layers.neurons import BaseNode, ExplicitState, TernaryLIFNode
+from snlp_zoo.layers.neurons import BaseNode, ExplicitState, TernaryLIFNode, as_recorded
 from snlp_zoo.layers.watching import hooked
 
 Receive = Callable[[str, ExplicitState, Tensor, Tensor, int], None]
@@ -94,7 +94,7 @@ def firing_rates_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) ->
                 unsigned = getattr(module, "spike_kind", None) in ("binary", "scaled")
                 if isinstance(module, TernaryLIFNode):  # how often it fires has nothing to do with its amplitude
                     spikes = module.signs(spikes)
-                rates.add(name, spikes, mask, unsigned)
+                rates.add(name, as_recorded(module, spikes), mask, unsigned)
 
         return hook
 
@@ -163,7 +163,7 @@ def effective_domain_recorded(net: nn.Module, mask: Tensor, enabled: bool = True
     rates = FiringRates()
 
     def receive(name: str, node: ExplicitState, spikes: Tensor, membranes: Tensor, step: int) -> None:
-        rates.add(name, node.reached(membranes, step), mask)
+        rates.add(name, as_recorded(node, node.reached(membranes, step)), mask)
 
     with membranes_watched(net, receive):
         yield result

@@ -41,24 +41,22 @@ _BESIDE_FIELDS |= {"name_or_path", "_name_or_path"}
 
 @strict
 class SpikingConfig(PreTrainedConfig):
-    """Fields every spiking encoder has; names as in BERT, plus `time_steps` (T) and:
+    """Fields every spiking model has; names as in transformers, and:
 
+    time_steps: T, spike-time steps per token; 1, and no field, where neurons walk over tokens.
     neuron_backend: "auto", "torch", "triton" or "cupy".
     weight_bits: 32, 1.58 or 1, of the linear layers inside the encoder; embeddings, norms, pooler and heads stay float.
     packed, int8_embeddings: what `layers.pack` has done to the model; not for a model that is to be trained.
     """
 
+    time_steps = 1
+
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
-    num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu"  # of the masked-language-model head
     hidden_dropout_prob: float | int = 0.1
-    attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int | None = None
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
@@ -66,7 +64,6 @@ class SpikingConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
     output_spike_rates: bool = False
-    time_steps: int = 4
     neuron_backend: str = "auto"
     weight_bits: float | int = 32
     packed: bool = False
@@ -79,7 +76,7 @@ class SpikingConfig(PreTrainedConfig):
         self._refuse_unknown(kwargs)
         self._require("neuron_backend", get_args(Backend))
         for name, (low, high) in _BOUNDS.items():
-            if (value := getattr(self, name)) is not None and not low <= value <= high:
+            if (value := getattr(self, name, None)) is not None and not low <= value <= high:
                 raise ValueError(f"{self.model_type}: {name} must be between {low} and {high}, got {value}")
         for field in fields(self):  # the rest of the numbers, NaN too
             value = getattr(self, field.name)
@@ -88,13 +85,6 @@ class SpikingConfig(PreTrainedConfig):
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"{self.model_type}: pad_token_id must be below vocab_size {self.vocab_size}, got {self.pad_token_id}"
-            )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"{self.model_type}: hidden_act {self.hidden_act!r} is not known to transformers")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"{self.model_type}: hidden_size {self.hidden_size} must be a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
             )
         if self.weight_bits not in (32, *WEIGHT_BITS):
             raise ValueError(f"{self.model_type}: weight_bits must be 32, 1.58 or 1, got {self.weight_bits}")
@@ -131,6 +121,28 @@ class SpikingConfig(PreTrainedConfig):
         """Names of the classes in order; one for regression."""
         names: dict[Any, str] = self.id2label or {}
         return [names[i] for i in sorted(names)]
+
+
+@strict
+class SpikingEncoderConfig(SpikingConfig):
+    """Fields every spiking encoder has; names as in BERT, plus `time_steps` (T)."""
+
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"  # of the masked-language-model head
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    time_steps: int = 4
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"{self.model_type}: hidden_act {self.hidden_act!r} is not known to transformers")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"{self.model_type}: hidden_size {self.hidden_size} must be a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
 
 
 def config_names(config_class: Any) -> set[str]:

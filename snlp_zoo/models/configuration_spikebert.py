@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 
 from snlp_zoo.layers.attention import ATTENTIONS
-from snlp_zoo.models.configuration import SpikingConfig
+from snlp_zoo.models.configuration import SpikingEncoderConfig
 from snlp_zoo.ops import SURROGATES
 
 NEURONS = ("lif", "if", "plif", "ternary")
@@ -11,7 +11,7 @@ FIDELITIES = ("corrected", "released")
 
 
 @strict
-class SpikeBertConfig(SpikingConfig):
+class SpikeBertConfig(SpikingEncoderConfig):
     """SpikeBERT: a Spikformer encoder for text, without softmax (Lv et al. 2023, arXiv:2308.15122).
 
     Args beyond BERT's (there is no dropout inside the encoder; `hidden_dropout_prob` is that of the classifier):

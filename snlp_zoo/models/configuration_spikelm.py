@@ -5,12 +5,12 @@ from typing import get_args
 from huggingface_hub.dataclasses import strict
 
 from snlp_zoo.layers.neurons import ALPHA_MODES
-from snlp_zoo.models.configuration import SpikingConfig
+from snlp_zoo.models.configuration import SpikingEncoderConfig
 from snlp_zoo.ops.bispike import Reset
 
 
 @strict
-class SpikeLMConfig(SpikingConfig):
+class SpikeLMConfig(SpikingEncoderConfig):
     """SpikeLM: BERT whose linear layers, keys and values take ternary spikes (Xing et al. 2024, arXiv:2406.03287).
 
     Args beyond BERT's:

@@ -4,13 +4,13 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from snlp_zoo.models.configuration import SpikingConfig
+from snlp_zoo.models.configuration import SpikingEncoderConfig
 
 ATTENTIONS = ("softmax", "linear")
 
 
 @strict
-class SpikingBertConfig(SpikingConfig):
+class SpikingBertConfig(SpikingEncoderConfig):
     """SpikingBERT: integrate-and-fire neurons trained at equilibrium (Bal and Sengupta 2024, arXiv:2308.10873).
 
     Args beyond BERT's:

@@ -23,14 +23,14 @@ from snlp_zoo.layers import Direct, LIFNode, make_attention, make_linear, make_n
 from snlp_zoo.layers.attention import MakeLinear, SpikingProjection, SpikingSelfAttention
 from snlp_zoo.layers.firing import firing_rates_recorded
 from snlp_zoo.layers.neurons import BaseNode
-from snlp_zoo.models.base import (
+from snlp_zoo.models.base import SpikingModelOutput
+from snlp_zoo.models.configuration_spikebert import SpikeBertConfig
+from snlp_zoo.models.encoder import (
     ForMaskedLM,
     ForSequenceClassification,
     SpikingEncoder,
-    SpikingModelOutput,
-    SpikingPreTrainedModel,
+    SpikingEncoderPreTrainedModel,
 )
-from snlp_zoo.models.configuration_spikebert import SpikeBertConfig
 
 
 def _linear(config: SpikeBertConfig) -> MakeLinear:
@@ -117,7 +117,7 @@ class MaskedMean(nn.Module):
         return (x * mask.unsqueeze(-1).to(x.dtype)).sum(1) / tokens
 
 
-class SpikeBertPreTrainedModel(SpikingPreTrainedModel):
+class SpikeBertPreTrainedModel(SpikingEncoderPreTrainedModel):
     config: SpikeBertConfig
     base_model_prefix = "spikebert"
     _no_split_modules = ["SpikeBertBlock"]  # noqa: RUF012  (an instance variable in transformers)

@@ -19,14 +19,14 @@ from transformers.utils.generic import can_return_tuple
 from snlp_zoo.layers import Direct, ElasticBiSpike, SpikingLinear
 from snlp_zoo.layers.firing import firing_rates_recorded
 from snlp_zoo.layers.neurons import amplitudes_updated
-from snlp_zoo.models.base import (
+from snlp_zoo.models.base import SpikingModelOutput
+from snlp_zoo.models.configuration_spikelm import SpikeLMConfig
+from snlp_zoo.models.encoder import (
     ForMaskedLM,
     ForSequenceClassification,
     SpikingEncoder,
-    SpikingModelOutput,
-    SpikingPreTrainedModel,
+    SpikingEncoderPreTrainedModel,
 )
-from snlp_zoo.models.configuration_spikelm import SpikeLMConfig
 
 
 def _neuron_options(config: SpikeLMConfig) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class SpikeLMBlock(GradientCheckpointingLayer):
         return self.mlp(x, mask), probabilities
 
 
-class SpikeLMPreTrainedModel(SpikingPreTrainedModel):
+class SpikeLMPreTrainedModel(SpikingEncoderPreTrainedModel):
     config: SpikeLMConfig
     base_model_prefix = "spikelm"
     gradient = "straight_through"

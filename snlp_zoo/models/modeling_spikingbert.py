@@ -30,16 +30,15 @@ from snlp_zoo.layers.equilibrium import (
     rate_neuron,
     rate_with_gradient,
 )
-from snlp_zoo.models.base import (
+from snlp_zoo.models.base import SpikingHeadOutput, SpikingModelOutput
+from snlp_zoo.models.configuration_spikingbert import SpikingBertConfig
+from snlp_zoo.models.encoder import (
     ForMaskedLM,
     ForSequenceClassification,
     SpikingEncoder,
+    SpikingEncoderPreTrainedModel,
     SpikingHead,
-    SpikingHeadOutput,
-    SpikingModelOutput,
-    SpikingPreTrainedModel,
 )
-from snlp_zoo.models.configuration_spikingbert import SpikingBertConfig
 from snlp_zoo.ops.implicit import fixed_point
 
 Fire = Spikes | SteadyState
@@ -135,7 +134,7 @@ class SpikingBertBlock(GradientCheckpointingLayer):
         return self.mlp(x, fire), scores, probabilities
 
 
-class SpikingBertPreTrainedModel(SpikingPreTrainedModel):
+class SpikingBertPreTrainedModel(SpikingEncoderPreTrainedModel):
     config: SpikingBertConfig
     base_model_prefix = "spikingbert"
     gradient = "equilibrium"

@@ -12,7 +12,14 @@ it, and it fits into any SpikingJelly network. Three ways to call one:
 from collections.abc import Callable
 
 from snlp_zoo.errors import lookup
-from snlp_zoo.layers.neurons.base import NEGLIGIBLE, BaseNode, ExplicitState, Surrogated, set_surrogate_temperature
+from snlp_zoo.layers.neurons.base import (
+    NEGLIGIBLE,
+    BaseNode,
+    ExplicitState,
+    Surrogated,
+    as_recorded,
+    set_surrogate_temperature,
+)
 from snlp_zoo.layers.neurons.elastic import ALPHA_MODES, ElasticBiSpike, amplitudes_updated
 from snlp_zoo.layers.neurons.lif import IFNode, LIFNode, ParametricLIFNode
 from snlp_zoo.layers.neurons.ternary import TernaryLIFNode
@@ -29,6 +36,7 @@ __all__ = [
     "Surrogated",
     "TernaryLIFNode",
     "amplitudes_updated",
+    "as_recorded",
     "make_neuron",
     "set_surrogate_temperature",
 ]

@@ -39,6 +39,8 @@ def _translate(function: "str | Surrogate | surrogate.SurrogateFunctionBase") ->
 class ExplicitState(neuron.BaseNode):
     """What all our nodes share: calls from rest, float32 membranes, single steps as multi-steps of length one."""
 
+    over_tokens = False  # True: axis 0 of a call is the tokens of a text, [N, B, D], over which the membrane walks
+
     def forward(self, *inputs, from_rest: bool = False, **kwargs):
         if not from_rest:
             return super().forward(*inputs, **kwargs)
@@ -74,6 +76,11 @@ class ExplicitState(neuron.BaseNode):
     def single_step_functional_forward(self, inputs, states, **kwargs):
         outputs, states = self.multi_step_functional_forward(tuple(x.unsqueeze(0) for x in inputs), states, **kwargs)
         return tuple(x.squeeze(0) for x in outputs), states
+
+
+def as_recorded(node: nn.Module, x: Tensor) -> Tensor:
+    """What a neuron took or gave as [T, B, N, D]; T = 1 of one that walks over tokens."""
+    return x.transpose(0, 1).unsqueeze(0) if getattr(node, "over_tokens", False) else x
 
 
 class Surrogated(ExplicitState):

@@ -9,6 +9,7 @@ from snlp_zoo.errors import BackendError
 from snlp_zoo.ops.backend import KERNELS, check_steps, resolve
 from snlp_zoo.ops.lif import kernel
 from snlp_zoo.ops.lif.analytic import lif_analytic
+from snlp_zoo.ops.lif.parallel import lif_parallel, worthwhile
 from snlp_zoo.ops.lif.reference import LIFOutput, lif_membranes, lif_reference
 from snlp_zoo.ops.surrogates import Surrogate, as_surrogate
 
@@ -66,7 +67,8 @@ def lif(
     with torch.set_grad_enabled(torch.is_grad_enabled() and spike_dtype not in _LOW):
         if chosen == "torch":
             leak = torch.tensor(leak_value, dtype=state, device=current.device) if leak is None else leak
-            spikes, v = lif_analytic(current, v_init, leak, *options, surrogate, carry_out)
+            run = lif_parallel if worthwhile(current, tau, surrogate) else lif_analytic
+            spikes, v = run(current, v_init, leak, *options, surrogate, carry_out)
             spikes = spikes.to(spike_dtype or current.dtype)
         else:
             leak = None if leak is None else _period(leak, current.shape[1:])

@@ -4,12 +4,15 @@ Spikes are 1 and 0 in the membrane's dtype: on a CPU, eager code writes and read
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from snlp_zoo.ops.chunks import as_rows, by_chunks
 from snlp_zoo.ops.surrogates import Surrogate
+
+BLOCK = 2**17  # elements for which what needs no order is computed at once
 
 
 def _charge(x: Tensor, v: Tensor | None, leak: Tensor, v_rest: float, decay_input: bool) -> Tensor:
@@ -40,6 +43,10 @@ def _forward(current, v, leak, spikes, v_out, v_threshold, v_reset, decay_input)
         v_out.copy_(v)
 
 
+def _together(steps: list[Any]) -> Tensor:
+    return torch.stack(steps) if len(steps) > 1 else steps[0].unsqueeze(0)
+
+
 def _backward(
     current, v, leak, alpha, grad_spikes, grad, grad_current, grad_v_init, grad_leak, grad_alpha,
     v_threshold, v_reset, decay_input, detach_reset, surrogate,
@@ -48,23 +55,28 @@ def _backward(
 
     A learned alpha gets (dS/dalpha) times what reaches the spike: grad_s, and grad_v through a reset not detached.
     """
-    v_rest, steps = v_reset or 0.0, []
+    steps: list[Any] = []
+    v_rest, decay = v_reset or 0.0, 1 - leak
     surrogate = surrogate if alpha is None else replace(surrogate, alpha=alpha)
-    for t, x in enumerate(current):
-        h = _charge(x, v, leak, v_rest, decay_input)
+    size = max(1, BLOCK // max(current[0].numel(), 1))
+    for xs, grads in zip(current.split(size), grad_spikes.split(size), strict=True):
+        charged, keeping, driven = [], [], []
+        for x in xs:
+            h = _charge(x, v, leak, v_rest, decay_input)
+            if grad_leak is not None:
+                driven.append((x if decay_input else 0.0) - (0.0 if v is None else v - v_rest))
+            v, kept = _reset(h, torch.ge(h, v_threshold, out=torch.empty_like(h)), v_threshold, v_reset)
+            charged.append(h)
+            keeping.append(kept)
+        h, resetting = _together(charged), None
         slope = surrogate.derivative(z := h - v_threshold)
-        kept = driven = rising = resetting = None
-        if grad_alpha is not None:
-            rising = surrogate.alpha_derivative(z, slope)
-        if grad_leak is not None:
-            driven = (x if decay_input else 0.0) - (0.0 if v is None else v - v_rest)
-        if grad is not None or t + 1 < len(current):
-            s = torch.ge(h, v_threshold, out=torch.empty_like(h))
-            v, kept = _reset(h, s, v_threshold, v_reset)
-            if not detach_reset:
-                resetting = -v_threshold if v_reset is None else v_reset - h
-                kept = slope * resetting + (1 if kept is None else kept)
-        steps.append((slope.mul_(grad_spikes[t]), kept, driven, rising, resetting))
+        kept = None if kept is None else _together(keeping)
+        if not detach_reset:
+            resetting = torch.full_like(h, -v_threshold) if v_reset is None else v_reset - h
+            kept = slope * resetting + (1 if kept is None else kept)
+        rising = None if grad_alpha is None else surrogate.alpha_derivative(z, slope)
+        block = (slope.mul_(grads), kept, driven or None, rising, resetting)
+        steps += zip(*([None] * len(xs) if x is None else x for x in block), strict=True)
     for total in (grad_leak, grad_alpha):
         if total is not None:
             total.zero_()
@@ -81,7 +93,7 @@ def _backward(
         if grad_leak is not None:
             grad_leak.add_(grad_h * driven)
         if t or grad_v_init is not None:
-            grad = grad_h.mul_(1 - leak)
+            grad = grad_h.mul_(decay)
     if grad_v_init is not None:
         grad_v_init.copy_(grad)
 
@@ -134,4 +146,6 @@ def lif_analytic(
     fixed, alpha = surrogate.split()
     per_step = [x if x is None else x.reshape(()) if x.numel() == 1 else x.expand(step) for x in (leak, alpha)]
     options = (v_threshold, v_reset, decay_input, detach_reset, fixed, carry_out)
+    if not torch.is_grad_enabled():  # autograd's own work is half the time of a single step
+        return _LIF.forward(current, v_init, *per_step, *options)  # type: ignore[call-arg]
     return _LIF.apply(current, v_init, *per_step, *options)

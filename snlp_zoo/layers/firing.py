@@ -49,11 +49,21 @@ class FiringRates:
     def __init__(self) -> None:
         self._fired: dict[str, list[Tensor]] = {}  # site -> [T] for each call: spikes on real tokens
         self._slots: dict[str, list[Tensor]] = {}  # the same: neurons on real tokens
+        self._read: dict[str, int] = {}  # site -> tokens so far of texts that come in pieces
 
-    def add(self, site: str, spikes: Tensor, mask: Tensor, unsigned: bool = False) -> None:
-        """spikes [T, B, N, D]: the site's next steps, none of them negative if unsigned; mask [B, N]."""
-        self._fired.setdefault(site, []).append(_Fired.apply(spikes, mask, unsigned))
-        self._slots.setdefault(site, []).append((mask.sum() * spikes.shape[-1]).expand(len(spikes)))
+    def add(self, site: str, spikes: Tensor, mask: Tensor, unsigned: bool = False, in_pieces: bool = False) -> None:
+        """spikes [T, B, N, D]: the site's next steps, none of them negative if unsigned; mask [B, N].
+
+        in_pieces: spikes may have fewer tokens than the mask; they are then the next ones of the same steps.
+        """
+        start, total = self._read.get(site, 0), mask.shape[1]
+        if in_pieces:
+            mask = mask[:, start : start + spikes.shape[2]]
+            self._read[site] = (start + spikes.shape[2]) % total
+        fired, slots = self._fired.setdefault(site, []), self._slots.setdefault(site, [])
+        before = (fired.pop(), slots.pop()) if start else (0, 0)
+        fired.append(_Fired.apply(spikes, mask, unsigned) + before[0])
+        slots.append((mask.sum() * spikes.shape[-1]).expand(len(spikes)) + before[1])
 
     def shares(self) -> dict[str, Tensor]:
         """site -> share of neurons that fired, over all steps, without axes."""
@@ -63,6 +73,8 @@ class FiringRates:
         """spike_rates: site -> [T], share of neurons that fired at each step; firing_rate: that share over all."""
         fired = {site: torch.cat(parts) for site, parts in self._fired.items()}
         slots = {site: torch.cat(parts) for site, parts in self._slots.items()}
+        if not fired:  # a dense model
+            return {"spike_rates": {}, "firing_rate": torch.zeros(())}
         total = torch.stack([slots[site].sum() for site in slots]).sum()
         return {
             "spike_rates": {site: fired[site] / slots[site].clamp_min(1) for site in fired},
@@ -94,7 +106,8 @@ def firing_rates_recorded(net: nn.Module, mask: Tensor, enabled: bool = True) ->
                 unsigned = getattr(module, "spike_kind", None) in ("binary", "scaled")
                 if isinstance(module, TernaryLIFNode):  # how often it fires has nothing to do with its amplitude
                     spikes = module.signs(spikes)
-                rates.add(name, as_recorded(module, spikes), mask, unsigned)
+                walks = getattr(module, "over_tokens", False)
+                rates.add(name, as_recorded(module, spikes), mask, unsigned, in_pieces=walks)
 
         return hook
 
@@ -163,7 +176,7 @@ def effective_domain_recorded(net: nn.Module, mask: Tensor, enabled: bool = True
     rates = FiringRates()
 
     def receive(name: str, node: ExplicitState, spikes: Tensor, membranes: Tensor, step: int) -> None:
-        rates.add(name, as_recorded(node, node.reached(membranes, step)), mask)
+        rates.add(name, as_recorded(node, node.reached(membranes, step)), mask, in_pieces=node.over_tokens)
 
     with membranes_watched(net, receive):
         yield result

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.layers import BitLinear, ElasticBiSpike
 from snlp_zoo.layers.quant import Int8Embedding
+from snlp_zoo.models.cache import SpikingCache
 from snlp_zoo.models.checkpoint import architecture, check_finite, check_weights, locate, read_json, stored_weights
 from snlp_zoo.models.configuration import SpikingConfig, config_names, read_config
 
@@ -30,7 +31,8 @@ class SpikingModelOutput(ModelOutput):
     """last_hidden_state [B, N, D], pooler_output [B, D], hidden_states (L + 1 times [B, N, D], embeddings first) and
     attentions (L times [B, H, N, N]) are means over T. spike_rates: site name -> [T], share of neurons that fired on
     real tokens; firing_rate: that share over all sites and steps. attention_scores (L times [B, H, N, N], before the
-    softmax) and steps_used ([B], time steps until the prediction settled) where a family has them.
+    softmax), steps_used ([B], time steps until the prediction settled) and past_key_values (the state after the last
+    token) where a family has them.
     """
 
     last_hidden_state: Tensor | None = None
@@ -41,11 +43,12 @@ class SpikingModelOutput(ModelOutput):
     spike_rates: dict[str, Tensor] | None = None
     firing_rate: Tensor | None = None
     steps_used: Tensor | None = None
+    past_key_values: SpikingCache | None = None
 
 
 @dataclass
 class SpikingHeadOutput(ModelOutput):
-    """loss (with labels), logits ([B, classes], or [B, N, V] for masked language models); the rest as in the base."""
+    """loss (with labels), logits ([B, classes], or [B, N, V] for language models); the rest as in the base."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -55,6 +58,7 @@ class SpikingHeadOutput(ModelOutput):
     spike_rates: dict[str, Tensor] | None = None
     firing_rate: Tensor | None = None
     steps_used: Tensor | None = None
+    past_key_values: SpikingCache | None = None
 
 
 def _subclasses(model_class: Any) -> Iterator[Any]:

@@ -145,6 +145,25 @@ class SpikingEncoderConfig(SpikingConfig):
             )
 
 
+@strict
+class SpikingDecoderConfig(SpikingConfig):
+    """Fields every causal model has.
+
+    use_cache: return the state after the last token, unless training.
+    classifier_pooling: what a classifier reads of each text: "mean" over its tokens, or the "last" one.
+    """
+
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    classifier_pooling: str = "mean"
+
+    def __post_init__(self, **kwargs):
+        self._require("classifier_pooling", ("mean", "last"))
+        super().__post_init__(**kwargs)
+
+
 def config_names(config_class: Any) -> set[str]:
     """Every name that a configuration can be given."""
     return {field.name for field in fields(config_class)} | set(config_class.attribute_map) | _BESIDE_FIELDS

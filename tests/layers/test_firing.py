@@ -26,6 +26,49 @@ def test_firing_rates_count_real_tokens_only():
     assert not net[0]._forward_hooks
 
 
+def over_tokens(node):
+    node.over_tokens = True
+    return node
+
+
+@pytest.mark.parametrize("parts", [(3,), (1, 2), (1, 1, 1)])
+def test_firing_rates_of_a_neuron_over_tokens_have_one_step(parts):
+    net = nn.Sequential(over_tokens(LIFNode(tau=2.0)))
+    x = torch.zeros(3, 2, 4)  # [N, B, D]
+    x[:, 0] = 1.5  # fires at every second token: 1.5 / 2, then 1.125
+    x[2, 1] = 9.0  # padding
+    with firing_rates_recorded(net, torch.tensor([[1, 1, 1], [1, 1, 0]])) as rates:
+        state = {}
+        for part in x.split(parts):
+            net[0](part, state=state)
+    assert rates["spike_rates"]["0"].tolist() == pytest.approx([4 / 20])
+    assert rates["firing_rate"].item() == pytest.approx(4 / 20)
+
+
+@pytest.mark.parametrize("parts", [(3,), (2, 1)])
+def test_effective_domain_of_a_neuron_over_tokens_leaves_padding_out(parts):
+    net = nn.Sequential(over_tokens(LIFNode(surrogate_function="rect")))
+    x = torch.full((3, 2, 4), -20.0)  # [N, B, D]: far below the threshold
+    x[0, 0], x[2, 1] = 2.0, 22.0  # at the threshold; padding
+    with effective_domain_recorded(net, torch.tensor([[1, 1, 1], [1, 1, 0]])) as shares:
+        state = {}
+        for part in x.split(parts):
+            net[0](part, state=state)
+    assert shares["0"].item() == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_membranes_of_a_neuron_over_tokens_start_where_its_state_ended(given):
+    net, seen = nn.Sequential(over_tokens(LIFNode())), []
+    node, x = net[0], 2 * torch.rand(6, 2, 4)  # [N, B, D]
+    state = {node: torch.zeros(2, 4)}
+    whole = node.membranes(x, None)
+    with membranes_watched(net, lambda name, node, spikes, membranes, step: seen.append(membranes)):
+        for part in x.split(3) if given else (x,):
+            node(part, state=state)
+    torch.testing.assert_close(torch.cat(seen), whole)
+
+
 def test_firing_rates_are_not_recorded_unless_enabled():
     net = nn.Sequential(IFNode())
     with firing_rates_recorded(net, torch.ones(1, 1), enabled=False) as rates:

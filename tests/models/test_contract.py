@@ -22,6 +22,7 @@ VARIANTS = {name: {"attention": name} for name in ATTENTIONS if name != "ssa"} |
     "ternary": {"neuron": "ternary"},
     "learned": {"neuron": "plif", "learnable_surrogate": True},
 }
+CAUSAL_VARIANTS = {"driven": {"wiring": "spike_driven", "v_threshold": 0.25}, "dense": {"spiking": False}}
 
 
 def load_entry(name):
@@ -30,17 +31,22 @@ def load_entry(name):
 
 def build(name, **overrides):
     entry, _, variant = name.partition("+")
-    return registry.build(entry, **VARIANTS.get(variant, {}) | overrides)
+    return registry.build(entry, **(VARIANTS | CAUSAL_VARIANTS).get(variant, {}) | overrides)
 
 
 TINY = [name for name in registry.list_entries() if "_tiny" in name and load_entry(name).recipe is None]
 TINY += [f"spikebert_tiny+{variant}" for variant in VARIANTS]
+TINY += [f"spikegpt_tiny+{variant}" for variant in CAUSAL_VARIANTS]
 TASKS = [(name, task) for name in TINY for task in model_classes()[load_entry(name).model_type] if task != "config"]
 TRAINABLE = [(name, task) for name, task in TASKS if task != "encoder"]
 every_task = pytest.mark.parametrize(("entry", "task"), TASKS)
 every_trainable = pytest.mark.parametrize(("entry", "task"), TRAINABLE)
 every_masked_lm = pytest.mark.parametrize("entry", [name for name, task in TASKS if task == "masked-lm"])
 every_entry = pytest.mark.parametrize("entry", TINY)
+CAUSAL = {name for name, task in TASKS if task == "causal-lm"}
+every_causal = pytest.mark.parametrize("entry", sorted(CAUSAL))
+every_encoder = pytest.mark.parametrize("entry", [name for name in TINY if name not in CAUSAL])
+every_spiking = pytest.mark.parametrize("entry", [name for name in TINY if not name.endswith("+dense")])
 B, N = 3, 9
 
 
@@ -53,18 +59,27 @@ def make_batch(model, *, batch=B, length=N, padding=(0, 4, 1)):
 
 
 def labelled(model, task, batch):
-    if task == "masked-lm":
+    if task in ("masked-lm", "causal-lm"):
         return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
     return batch | {"labels": torch.arange(len(batch["input_ids"])) % model.config.num_labels}
 
 
 def make(entry, task="sequence-classification", **overrides):
-    """A model whose amplitudes have seen one training batch, in evaluation mode."""
+    """A model whose amplitudes have seen one training batch, in evaluation mode; what starts at zero has moved."""
     torch.manual_seed(0)
     model = build(entry, task=task, **overrides)
+    if entry in CAUSAL:
+        awaken(model)
     with torch.no_grad():
         model.train()(**make_batch(model, batch=8, padding=()))
     return model.eval()
+
+
+def awaken(model):
+    """Matrices that are zero before the first step of training, so that nothing fires, get random values."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
 
 
 def result(model, batch):
@@ -102,12 +117,13 @@ def test_there_is_something_to_test():
 def test_output_shapes(entry, task):
     model = make(entry, task)
     batch = make_batch(model)
-    weighs = not entry.endswith("+sdsa")  # which gates values and weighs none
-    outputs = model(**batch, output_hidden_states=True, output_attentions=weighs)
+    weighs = not entry.endswith("+sdsa") and entry not in CAUSAL  # sdsa gates values and weighs none
+    outputs = model(**batch, output_hidden_states=True, **({"output_attentions": True} if weighs else {}))
     config = model.config
     last = {
         "sequence-classification": (B, config.num_labels),
         "masked-lm": (B, N, config.vocab_size),
+        "causal-lm": (B, N, config.vocab_size),
         "encoder": (B, N, config.hidden_size),
     }[task]
     assert result(model, batch).shape == last
@@ -115,6 +131,8 @@ def test_output_shapes(entry, task):
     assert {tuple(state.shape) for state in outputs.hidden_states} == {(B, N, config.hidden_size)}
     if weighs:
         assert {tuple(a.shape) for a in outputs.attentions} == {(B, config.num_attention_heads, N, N)}
+    elif entry in CAUSAL:
+        assert outputs.attentions is None
     else:
         with pytest.raises(ValueError, match="has no attention weights"):
             model(**batch, output_attentions=True)
@@ -136,7 +154,7 @@ def test_outputs_are_optional_and_come_as_tuples_too(entry, task):
     assert model(**batch, output_hidden_states=False, output_spike_rates=False).spike_rates is None
 
 
-@every_entry
+@every_spiking
 @pytest.mark.parametrize("training", [False, True])
 def test_spikes_stay_in_their_alphabet(entry, training):
     model = make(entry).train(training)
@@ -219,14 +237,18 @@ def test_embeddings_in_place_of_ids(entry):
         model()
 
 
+@every_encoder
+def test_too_many_tokens_say_what_to_do(entry):
+    model = make(entry)
+    with pytest.raises(ValueError, match="truncation=True"):
+        model(torch.ones(1, model.config.max_position_embeddings + 1, dtype=torch.long))
+
+
 @every_entry
 def test_input_errors_say_what_to_do(entry):
-    model = make(entry)
-    too_long = torch.ones(1, model.config.max_position_embeddings + 1, dtype=torch.long)
-    with pytest.raises(ValueError, match="truncation=True"):
-        model(too_long)
+    model, ids = make(entry), torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"attention_mask must be \[B, N\] = \(1, 4\), got \(1, 3\)"):
-        model(too_long[:, :4], attention_mask=too_long[:, :3])
+        model(ids, attention_mask=ids[:, :3])
 
 
 @every_task
@@ -332,7 +354,7 @@ def test_activation_checkpointing_changes_no_gradient_and_no_state(entry, task):
 @every_entry
 def test_activation_checkpointing_of_a_fresh_model(entry):
     torch.manual_seed(0)
-    plain = build(entry).train()
+    plain = build(entry, task="sequence-classification").train()
     checkpointed = copy.deepcopy(plain)
     enable_checkpointing(checkpointed)
     batch = labelled(plain, "sequence-classification", make_batch(plain))
@@ -346,7 +368,7 @@ def test_activation_checkpointing_of_a_fresh_model(entry):
 
 @every_entry
 def test_compiles(entry):
-    model = make(entry, num_hidden_layers=1, time_steps=2)
+    model = make(entry, num_hidden_layers=1, **({} if entry in CAUSAL else {"time_steps": 2}))
     batch = make_batch(model)
     try:
         close(result(torch.compile(model, backend="aot_eager"), batch), result(model, batch))
@@ -363,7 +385,9 @@ def test_pipeline(entry, tmp_path):
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))  # noqa: S106
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]").save_pretrained(tmp_path)  # noqa: S106
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (entry not in CAUSAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", model_input_names=names)  # noqa: S106
+    tokenizer.save_pretrained(tmp_path)
     classify = pipeline("text-classification", model=str(tmp_path), device="cpu")
     texts = ["a fine film", "dull"]
     got = classify(texts, batch_size=2)
@@ -374,17 +398,23 @@ def test_pipeline(entry, tmp_path):
         assert answer["score"] == pytest.approx(probabilities.max().item(), abs=1e-5)
 
 
-@every_entry
-def test_unknown_config_key_is_an_error(entry):
+@every_encoder
+def test_time_steps_are_bounded(entry):
     with pytest.raises(RecipeError, match="has no config field 'time_stepz'; did you mean 'time_steps'"):
         build(entry, time_stepz=2)
     with pytest.raises(RecipeError, match="time_steps must be between 1 and"):
         build(entry, time_steps=0)
+
+
+@every_entry
+def test_unknown_config_key_is_an_error(entry):
+    with pytest.raises(RecipeError, match="has no config field 'hidden_sise'; did you mean 'hidden_size'"):
+        build(entry, hidden_sise=2)
     with pytest.raises(RecipeError, match="hidden_size"):
         build(entry, hidden_size="wide")
 
 
-@every_entry
+@every_spiking
 def test_spike_rates_are_shares_of_real_tokens(entry):
     model = make(entry)
     batch = make_batch(model, batch=1, padding=())
@@ -417,6 +447,10 @@ def test_one_step_of_training_lowers_the_loss(entry, task):
     "overrides", [{"time_steps": 1}, {"num_hidden_layers": 1}, {"num_labels": 1}, {"num_labels": 3}]
 )
 def test_small_variants(entry, overrides):
+    if entry in CAUSAL and "time_steps" in overrides:
+        with pytest.raises(RecipeError, match="has no config field 'time_steps'"):
+            build(entry, **overrides)
+        return
     model = make(entry, **overrides).train()
     batch = make_batch(model)
     labels = torch.rand(B) if model.config.num_labels == 1 else torch.arange(B) % model.config.num_labels
@@ -432,7 +466,7 @@ def test_a_single_token(entry, task):
     assert result(model, make_batch(model, batch=1, length=1, padding=())).isfinite().all()
 
 
-@every_task
+@pytest.mark.parametrize(("entry", "task"), [pair for pair in TASKS if pair[0] not in CAUSAL])
 def test_longest_sequence(entry, task):
     model = make(entry, task)
     length = model.config.max_position_embeddings
@@ -474,3 +508,52 @@ def test_forward_names_every_argument(entry, task):
     assert inspect.Parameter.VAR_KEYWORD not in kinds  # a typo must not be swallowed
     with pytest.raises(TypeError, match="attention_maks"):
         model(**make_batch(model) | {"attention_maks": 1})
+
+
+@every_causal
+def test_the_future_is_not_seen(entry):
+    model = make(entry, "causal-lm").double()
+    ids = make_batch(model, padding=())["input_ids"]
+    whole = result(model, {"input_ids": ids})
+    for length in (1, N // 2, N - 1):
+        close(result(model, {"input_ids": ids[:, :length]}), whole[:, :length])
+        other = ids.clone()
+        other[:, length:] = (ids[:, length:] + 1) % model.config.vocab_size
+        changed = result(model, {"input_ids": other})
+        close(changed[:, :length], whole[:, :length])
+        assert not torch.allclose(changed[:, length:], whole[:, length:])
+
+
+@every_causal
+@pytest.mark.parametrize("side", ["left", "right", "within"])
+def test_padding_freezes_the_state(entry, side):
+    """Outputs and state of a padded batch are those of its texts alone, also when it is read in two pieces."""
+    model = make(entry, "causal-lm").double()
+    ids = make_batch(model, padding=())["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, {"left": slice(0, 4), "right": slice(5, N), "within": slice(2, 6)}[side]] = 0
+    mask[2, {"left": slice(0, 1), "right": slice(8, N), "within": slice(4, 5)}[side]] = 0
+    whole = model(ids, attention_mask=mask)
+    first = model(ids[:, :5], attention_mask=mask[:, :5])
+    second = model(ids[:, 5:], attention_mask=mask, past_key_values=first.past_key_values)
+    for row in range(B):
+        real = mask[row] == 1
+        alone = model(ids[row : row + 1, real])
+        close(whole.logits[row, real], alone.logits[0])
+        close(torch.cat([first.logits, second.logits], 1)[row, real], alone.logits[0])
+        for state, again, single in zip(
+            *(output.past_key_values.states for output in (whole, second, alone)), strict=True
+        ):
+            for name, expected in single.items():
+                close(state[name][row], expected[0])
+                close(again[name][row], expected[0])
+
+
+@every_causal
+def test_no_state_outlives_a_training_forward(entry):
+    model = make(entry, "causal-lm").train()
+    batch = make_batch(model)
+    assert model(**batch).past_key_values is None
+    assert model(**batch, use_cache=True).past_key_values is not None
+    assert model.eval()(**batch).past_key_values is not None
+    assert model(**batch, use_cache=False).past_key_values is None

@@ -1,0 +1,117 @@
+"""`snlp-zoo generate` on a model and a tokenizer of characters in a folder."""
+
+import json
+import sys
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from snlp_zoo import cli, registry
+from snlp_zoo.generate import generate
+
+
+@pytest.fixture
+def folder(tmp_path):
+    letters = {chr(97 + i): i for i in range(26)} | {" ": 26, "?": 27}
+    inner = Tokenizer(models.WordLevel(letters, unk_token="?"))  # noqa: S106
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")  # noqa: S106
+    tokenizer.save_pretrained(tmp_path)
+    model = registry.build("spikegpt_tiny", vocab_size=28)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["snlp-zoo", "generate", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def greedy(folder, prompt, **options):
+    tokenizer, model = registry.load_tokenizer(folder), registry.load(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    written = model.generate(ids, do_sample=False, pad_token_id=0, **options)
+    return tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_the_likeliest_text(folder, run, stream):
+    code, out, _ = run(folder, "once upon", "--max-new-tokens", 12, "--temperature", 0, *stream)
+    assert code == 0
+    assert out == greedy(folder, "once upon", max_new_tokens=12) + "\n"
+
+
+def test_beams(folder, run):
+    code, out, _ = run(folder, "once", "--max-new-tokens", 8, "--num-beams", 3)
+    assert code == 0
+    assert out == greedy(folder, "once", max_new_tokens=8, num_beams=3) + "\n"
+
+
+def test_draws_follow_the_seed(folder, run):
+    texts = []
+    for seed in (1, 1, 2):
+        code, out, _ = run(folder, "a", "--max-new-tokens", 20, "--seed", seed, "--top-p", 0.9, "--json")
+        assert code == 0
+        answer = json.loads(out)
+        assert (answer["prompt"], answer["tokens"]) == ("a", 20)
+        assert answer["seconds"] > 0
+        texts.append(answer["text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["", "--max-new-tokens", 3], "the prompt '' has no tokens"),
+        (["a", "--stream", "--json"], "leave one of them out"),
+        (["a", "--stream", "--num-beams", 2], "cannot be streamed"),
+        (["a", "--top-p", 0], "top_p above 0"),
+        (["a", "--temperature", -1], "temperature not negative"),
+        (["a", "--max-new-tokens", 0], "at least 1"),
+    ],
+)
+def test_mistakes_are_one_sentence(folder, run, arguments, expected):
+    code, out, err = run(folder, *arguments)
+    assert (code, out) == (2, "")
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_models_that_write_no_text(folder, run, tmp_path):
+    registry.build("spikelm_tiny").save_pretrained(tmp_path / "other")
+    code, _, err = run(tmp_path / "other", "a")
+    assert code == 2
+    assert "holds a SpikeLMForSequenceClassification, which writes no text" in err
+    code, _, err = run(tmp_path / "nowhere", "a")
+    assert code == 2
+    assert "no folder and no zoo entry" in err
+
+
+def test_a_tokenizer_of_another_model(folder, run):
+    registry.build("spikegpt_tiny", vocab_size=9).save_pretrained(folder)
+    code, _, err = run(folder, "zebra")
+    assert code == 2
+    assert "its tokenizer gives token 25, its model knows 9" in err
+
+
+def test_the_function_returns_what_the_command_prints(folder):
+    pieces = []
+    answer = generate(folder, "once", max_new_tokens=6, temperature=0, stream=pieces.append)
+    assert "once" + answer["text"] == greedy(folder, "once", max_new_tokens=6)
+    assert "".join(pieces) == answer["text"]

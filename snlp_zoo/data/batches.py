@@ -22,8 +22,8 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def longest(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> int:
-    """The most tokens per text that the tokenizer and the model take."""
-    return min(tokenizer.model_max_length, config.max_position_embeddings)
+    """The most tokens per text that the tokenizer and the model take; a model without positions takes any number."""
+    return min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", tokenizer.model_max_length))
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: TextSet, max_length: i
         row = columns["input_ids"].index([])
         raise DataError(f"text {row + 1} ({texts.texts[row][:40]!r}) has no tokens in this vocabulary; remove it")
     return Tokenised(columns["input_ids"], columns.get("token_type_ids"), texts.labels, truncated=len(long))
+
+
+def mixed_seed(seed: int, epoch: int) -> int:
+    """One seed for both: the CPU generator reads 32 bits of it, so a shifted pair would lose one of the two."""
+    return (seed * 1_000_003 + epoch) % 2**32
 
 
 class LengthGroupedBatches(Sampler[list[int]]):
@@ -120,8 +125,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
         return iter(batches[: len(self)])
 
     def _shuffled(self) -> list[list[int]]:
-        # The CPU generator reads 32 bits of its seed: a shifted pair would lose one of the two numbers.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**32)
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         # The rest is taken before sorting, else it would always be the longest examples.
         full = len(order) - len(order) % self.batch_size

@@ -71,11 +71,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def read_table(path: str | Path) -> Table:
     """`read_rows` with the columns and the line of every row; the same errors."""
     path = Path(path)
-    known = suffix(path)
-    if known is None:
-        raise DataError(f"{path}: unknown suffix; rename or convert it to one of {KNOWN}")
-    form = next(form for form in FORMATS if known.startswith(form))
-    text = _text(path, OPENERS[known.removeprefix(form)])
+    form, text = read_text(path)
     if form in (".txt", ".jsonl"):
         table = _line_table(path, text, _json_row if form == ".jsonl" else _text_row)
     else:
@@ -83,6 +79,15 @@ def read_table(path: str | Path) -> Table:
     if not table.rows:
         raise DataError(f"{path}: the file has no rows; give it at least one")
     return table
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """The format of a file and all its text; the same errors."""
+    known = suffix(path)
+    if known is None:
+        raise DataError(f"{path}: unknown suffix; rename or convert it to one of {KNOWN}")
+    form = next(form for form in FORMATS if known.startswith(form))
+    return form, _text(path, OPENERS[known.removeprefix(form)])
 
 
 def _text(path: Path, unpack: Callable[[bytes], bytes]) -> str:

@@ -59,7 +59,9 @@ class Distiller(nn.Module):
         needs = {need for objective, _ in self.objectives.values() for need in objective.needs}
         self.tables = "embedding_table" in needs  # not a model's output: handed over here
         self.wanted = {f"output_{need}": True for need in sorted(needs - {"embedding_table"})}
-        self.per_token = task_of(student) == "masked-lm"
+        self.per_token = task_of(student) in ("masked-lm", "causal-lm")
+        # whole crops are read at once: no state is to be kept
+        self.more = {"use_cache": False} if task_of(student) == "causal-lm" else {}
         states = "hidden_states" in needs
         depth, own = student.config.num_hidden_layers, student.config.hidden_size
         width = teacher.config.hidden_size if teacher is not None and states else own
@@ -85,7 +87,7 @@ class Distiller(nn.Module):
 
     def _losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Any]:
         inputs = model_inputs(batch)
-        student = self.student(**inputs, **(self.wanted | more))
+        student = self.student(**inputs, **self.more, **(self.wanted | more))
         if student.hidden_states is not None:
             student.hidden_states = self.projection(student.hidden_states)
         depth = self.student.config.num_hidden_layers
@@ -102,7 +104,7 @@ class Distiller(nn.Module):
         wanted = {name: value for name, value in self.wanted.items() if name in _OF_DENSE_MODELS}
         scored = attention_scores_recorded(teacher) if "output_attention_scores" in self.wanted else nullcontext()
         with scored as scores:
-            outputs = teacher(**inputs, **wanted)
+            outputs = teacher(**inputs, **self.more, **wanted)
         if scores is not None:
             outputs.attention_scores = tuple(scores)
         if self.tables:

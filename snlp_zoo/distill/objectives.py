@@ -42,6 +42,18 @@ def cross_entropy(
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
 
 
+def l2wrap(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
+    """Half the square of the largest logit, mean over predictions: keeps logits from growing where softmax is blind to
+    it. Weights are small, 1e-4 as published.
+
+    Source: SpikeGPT's training (Zhu et al. 2023, arXiv:2302.13939): its gradient is 1e-4 / (B N) times the largest
+    logit, on that logit alone.
+    """
+    logits, labels = student_outputs.logits.float(), batch["labels"]
+    squares = logits.max(-1).values.square() / 2  # of equal logits the first: `amax` would share the gradient
+    return mean_over_tokens(squares, labels != -100) if squares.ndim == 2 else squares.mean()
+
+
 def hidden_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
     """Mean squared difference of hidden states, over real tokens, mean over student layers 1..L.
 
@@ -177,6 +189,7 @@ OBJECTIVES: dict[str, Objective] = {
     "wasserstein": Objective(wasserstein, "logit"),
     "logit_mse": Objective(logit_mse, "logit"),
     "cross_entropy": Objective(cross_entropy, "label", needs_teacher=False),
+    "l2wrap": Objective(l2wrap, "label", needs_teacher=False),
     "hidden_mse": Objective(hidden_mse, "token", ("hidden_states",)),
     "cosine": Objective(cosine, "token", ("hidden_states",)),
     "embedding_mse": Objective(embedding_mse, "token", ("hidden_states",)),

@@ -20,8 +20,8 @@ from transformers import set_seed
 
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.train.files import flush
+from snlp_zoo.train.parts import TrainPart
 from snlp_zoo.train.processes import others_lost
-from snlp_zoo.train.recipe import TrainPart
 
 
 class Checkpoints:

@@ -10,9 +10,11 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from snlp_zoo.data import TextSet, TextSplits, load_splits, load_unlabelled
+from snlp_zoo.data import TextSet, TextSplits, load_documents, load_splits, load_unlabelled
 from snlp_zoo.data.batches import Tokenised, loader, tokenise
-from snlp_zoo.train.recipe import DataPart, Recipe, TrainPart
+from snlp_zoo.data.streams import CropBatches, Crops, Stream, crop_loader, make_stream
+from snlp_zoo.train.parts import TrainPart
+from snlp_zoo.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,12 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
-    """The texts of a run and their token ids, split by split; text without labels has an empty test split."""
+    """The texts of a run and their token ids, split by split, a stream each for a language model; text without labels
+    for an encoder has an empty test split.
+    """
 
     texts: TextSplits
-    train: Tokenised
-    validation: Tokenised
-    test: Tokenised
+    train: Tokenised | Stream
+    validation: Tokenised | Stream
+    test: Tokenised | Stream
 
     @property
     def label_names(self) -> list[str] | None:
@@ -52,34 +56,58 @@ class Job:
 
     @property
     def labelled(self) -> bool:
-        """Whether its text has labels: if not, an encoder without a head learns the teacher's states."""
-        return self.recipe.data.label is not None
+        """Whether its texts have labels, and a classifier learns them."""
+        return self.recipe.head == "sequence-classification"
 
     def loaders(self, settings: TrainPart, batch_size: int) -> tuple[DataLoader, DataLoader]:
         """Global batches for training, `batch_size` over all processes, and for validation."""
-        train = loader(self.data.train, self.tokenizer, batch_size, seed=settings.seed, shuffle=True, drop_last=True)
+        train = self._loader(self.data.train, batch_size, seed=settings.seed, shuffle=True)
         return train, self.evaluation_loader(self.data.validation, settings)
 
-    def evaluation_loader(self, split: Tokenised, settings: TrainPart) -> DataLoader:
-        """Global batches of a split, every example once."""
-        batch_size = settings.eval_batch_size * self.accelerator.num_processes
-        return loader(split, self.tokenizer, batch_size, shuffle=False, drop_last=False)
+    def evaluation_loader(self, split: Tokenised | Stream, settings: TrainPart) -> DataLoader:
+        """Global batches of a split, every example or token once."""
+        return self._loader(split, settings.eval_batch_size * self.accelerator.num_processes, shuffle=False)
+
+    def _loader(self, split: Tokenised | Stream, batch_size: int, *, seed: int = 0, shuffle: bool) -> DataLoader:
+        if isinstance(split, Stream):
+            length = self.recipe.data.max_length
+            return crop_loader(split, self.tokenizer, length, batch_size, seed=seed, shuffle=shuffle)
+        return loader(split, self.tokenizer, batch_size, seed=seed, shuffle=shuffle, drop_last=shuffle)
 
 
-def load_data(part: DataPart, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """The texts of a recipe as token ids; says how many were cut.
+def read_texts(recipe: Recipe) -> TextSplits:
+    """The texts of a recipe.
 
     Raises:
-        DataError: they cannot be read, or do not fit the tokenizer.
+        DataError: they cannot be read.
     """
-    options = part.model_dump(exclude={"source", "max_length", "augment"})
-    if part.label is None:
-        for key in ("label", "label_names", "test_size"):
-            del options[key]
-        texts = TextSplits(*load_unlabelled(part.source, **options), TextSet([]), None)
-    else:
-        texts = load_splits(str(part.source), **options)  # the recipe refuses lists here
-    splits = {name: getattr(texts, name) for name in ("train", "validation", "test")}
+    part = recipe.data
+    options = part.model_dump(exclude={"source", "max_length", "augment", "separator"})
+    if recipe.head == "sequence-classification":
+        return load_splits(str(part.source), **options)  # the recipe refuses lists here
+    for key in ("label", "label_names"):
+        del options[key]
+    if recipe.head == "causal-lm":
+        del options["text_pair"]
+        return load_documents(part.source, **options)
+    del options["test_size"]
+    return TextSplits(*load_unlabelled(part.source, **options), TextSet([]), None)
+
+
+def read_tokens(recipe: Recipe, texts: TextSplits, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The texts as token ids; says how many were cut, and how many characters the tokenizer does not know.
+
+    Raises:
+        DataError: texts, tokenizer and max_length do not fit each other.
+    """
+    part, splits = recipe.data, {name: getattr(texts, name) for name in ("train", "validation", "test")}
+    if recipe.head == "causal-lm":
+        streams = {name: make_stream(split.texts, tokenizer, part.separator) for name, split in splits.items()}
+        CropBatches(Crops(streams["train"], part.max_length), 1, shuffle=True)  # refuses a stream that is too short
+        for name, stream in streams.items():
+            if stream.unknown:
+                logger.warning("%s: %d of %d characters are unknown", name, stream.unknown, stream.characters)
+        return Data(texts, **streams)
     tokens = {name: tokenise(tokenizer, split, part.max_length) for name, split in splits.items() if len(split)}
     for name, split in tokens.items():
         if split.truncated:

@@ -34,7 +34,6 @@ from transformers import get_scheduler
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.errors import CheckpointError, DataError, Interrupted, RecipeError
 from snlp_zoo.layers.neurons import set_surrogate_temperature
-from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.registry import task_of
 from snlp_zoo.train.checkpoints import Checkpoints
 from snlp_zoo.train.evaluation import (
@@ -45,11 +44,12 @@ from snlp_zoo.train.evaluation import (
     never_empty,
     own_rows,
     sample,
+    spikes,
 )
 from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
 from snlp_zoo.train.firing import FiringWatch
+from snlp_zoo.train.parts import TrainPart
 from snlp_zoo.train.processes import StopSignals
-from snlp_zoo.train.recipe import TrainPart
 from snlp_zoo.train.schedules import Schedule, value_at
 
 Weights = dict[str, Tensor]
@@ -113,9 +113,14 @@ class Trainer:
         self.accelerator, self.settings, self.folder, self.save_model = accelerator, settings, folder, save_model
         self.names, self.progress = list(weights), Progress()
         if settings.freeze_embeddings:
-            distiller.student.base_model.embeddings.requires_grad_(False)
+            base: Any = distiller.student.base_model
+            getattr(base, "embeddings", base.get_input_embeddings()).requires_grad_(False)
         optimizer = torch.optim.AdamW(
-            _parameter_groups(distiller, settings), lr=settings.learning_rate, eps=settings.adam_epsilon, fused=True
+            _parameter_groups(distiller, settings),
+            lr=settings.learning_rate,
+            betas=settings.adam_betas,
+            eps=settings.adam_epsilon,
+            fused=True,
         )
         accelerator.free_memory()
         if accelerator.is_fsdp2:
@@ -126,8 +131,7 @@ class Trainer:
         self.loader, self.eval_loader = loaders
         self.distiller: Distiller = accelerator.unwrap_model(self.module)
         register_fsdp_forward_method(self.distiller, "losses_and_rate")  # does nothing without FSDP2
-        spikes = isinstance(distiller.student.config, SpikingConfig)  # a teacher does not
-        self.sample = sample(self.eval_loader, accelerator.device) if spikes else None
+        self.sample = sample(self.eval_loader, accelerator.device) if spikes(distiller.student) else None
         self.checkpoints = Checkpoints(accelerator, self.module, folder / "checkpoints", settings)
         self.stop = StopSignals(accelerator.num_processes)
         self.weights = torch.zeros(len(weights), device=accelerator.device)  # of the step in progress
@@ -138,8 +142,7 @@ class Trainer:
         self.total_steps = min(settings.max_steps or planned, planned)
         self.eval_steps, self.save_steps = settings.eval_steps or per_epoch, settings.save_steps or per_epoch
         warmup = round(settings.warmup_ratio * planned)
-        schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-        self.scheduler = get_scheduler(schedule, self.optimizer, warmup, planned)
+        self.scheduler = _scheduler(self.optimizer, settings, warmup, planned)
         # ranks start from the same weights and draw different dropout masks
         set_seed(settings.seed, device_specific=True)
 
@@ -158,7 +161,9 @@ class Trainer:
         if self.settings.tracker:
             accelerator.log_with = [self.settings.tracker]
             accelerator.project_configuration.logging_dir = str(self.folder)
-            accelerator.init_trackers(self.folder.name, self.settings.model_dump())
+            values = self.settings.model_dump().items()  # trackers take no pairs and no schedules
+            settings = {name: str(v) if isinstance(v, tuple | dict) else v for name, v in values}
+            accelerator.init_trackers(self.folder.name, settings)
         try:
             yield
         finally:
@@ -339,6 +344,14 @@ def _shard_by_layer(accelerator: Accelerator, distiller: Distiller) -> None:
     present = {type(module).__name__ for module in student.modules()}
     layers = present.intersection(student._no_split_modules or ())
     plugin.transformer_cls_names_to_wrap = [*sorted(layers), type(student).__name__]
+
+
+def _scheduler(optimizer: Any, settings: TrainPart, warmup: int, planned: int) -> Any:
+    if settings.min_learning_rate:
+        floor = {"min_lr": settings.min_learning_rate}
+        return get_scheduler("cosine_with_min_lr", optimizer, warmup, planned, scheduler_specific_kwargs=floor)
+    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    return get_scheduler(schedule, optimizer, warmup, planned)
 
 
 def _windows(batches: Iterator[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:

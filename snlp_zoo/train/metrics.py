@@ -1,5 +1,6 @@
-"""Scores of predictions against labels."""
+"""Scores of predictions against labels, and of the probabilities of a text."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,24 @@ def score_classes(predictions: np.ndarray, labels: np.ndarray) -> dict[str, floa
     return {
         "accuracy": float(accuracy_score(labels, predictions)),
         "macro_f1": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+    }
+
+
+def score_language(nats: float, tokens: int, utf8_bytes: int, characters: int) -> dict[str, float]:
+    """How well a text was predicted, from the sum of -ln p over its tokens.
+
+    Args:
+        utf8_bytes, characters: of the text that the tokens make up; see `data.streams.Stream`.
+    Returns:
+        negative_loss (minus the mean nats per token, which chooses the best checkpoint), perplexity (per token),
+        bits_per_byte, bits_per_character.
+    """
+    loss, bits = nats / tokens, nats / math.log(2)
+    return {
+        "negative_loss": -loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,  # beyond the range of a float
+        "bits_per_byte": bits / utf8_bytes,
+        "bits_per_character": bits / characters,
     }
 
 

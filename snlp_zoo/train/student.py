@@ -1,6 +1,7 @@
 """The student of a run: its configuration, and the weights it starts from."""
 
 import logging
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,57 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snlp_zoo import hub, registry
+from snlp_zoo.data import TextSplits
+from snlp_zoo.data.tokenizers import train_tokenizer
 from snlp_zoo.distill.distiller import gives_attention_scores
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.models.transfer import by_short_name, copy_weights, short_name
 from snlp_zoo.train.recipe import Recipe
-from snlp_zoo.train.teacher import label_options
+from snlp_zoo.train.teacher import label_options, load_tokenizer
 
 logger = logging.getLogger(__name__)
 PROJECTION = "projection.safetensors"
+
+
+def find_tokenizer(
+    recipe: Recipe, texts: TextSplits, earlier: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """What makes ids of a run's texts: the teacher's tokenizer; else the recipe's own, trained on the training split
+    or saved before; else that of the student it starts from.
+
+    Args:
+        earlier: the tokenizer of the stage it starts from, where that is not trained yet.
+    Raises:
+        RecipeError: none of these is named, or the teacher's cannot be loaded.
+        CheckpointError: a saved one cannot be loaded.
+        DataError: the texts give none of the size asked for.
+    """
+    if recipe.teacher:
+        return load_tokenizer(recipe.teacher)
+    part, start = recipe.tokenizer, recipe.model.init_from
+    if part and part.kind:
+        read = [*texts.train.texts, *(texts.train.pairs or ()), recipe.data.separator or ""]
+        return train_tokenizer(part.kind, read, part.vocab_size)
+    if part and part.name:
+        return load_saved_tokenizer(part.name)
+    if start == "scratch":
+        raise RecipeError(
+            "tokenizer: without a teacher a run needs one of its own; name tokenizer.kind (characters, bytes, bpe), or "
+            "in tokenizer.name a saved one"
+        )
+    return earlier or load_saved_tokenizer(start)
+
+
+def load_saved_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or beside a trained model.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = Path(name) if (Path(name) / "tokenizer_config.json").is_file() else hub.find_checkpoint(name)
+    return registry.load_tokenizer(folder)
 
 
 def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_names: list[str] | None) -> SpikingConfig:
@@ -27,14 +69,20 @@ def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_nam
     Raises:
         RecipeError: they do not fit each other, or the place to start from does not exist.
     """
-    values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | recipe.model.config
-    config = registry.build_config(recipe.model.model_type, values)
-    if recipe.data.label is not None:
+    values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if recipe.head == "causal-lm":
+        values["eos_token_id"] = tokenizer.eos_token_id
+    config = registry.build_config(recipe.model.model_type, values | recipe.model.config)
+    if recipe.head not in _classes(recipe):
+        able = [family for family, classes in registry.model_classes().items() if recipe.head in classes]
+        raise RecipeError(f"task: no {recipe.head} of model_type {recipe.model.model_type!r}; use {' or '.join(able)}")
+    if recipe.head == "sequence-classification":
         for name, value in label_options(label_names).items():
             setattr(config, name, value)
-    if recipe.data.max_length > config.max_position_embeddings:
+    positions = getattr(config, "max_position_embeddings", None)  # what walks over tokens has none
+    if positions is not None and recipe.data.max_length > positions:
         raise RecipeError(
-            f"data.max_length {recipe.data.max_length} is more than the model's {config.max_position_embeddings} "
+            f"data.max_length {recipe.data.max_length} is more than the model's {positions} "
             "positions; lower it or raise model.config.max_position_embeddings"
         )
     if config.vocab_size < len(tokenizer):
@@ -51,20 +99,26 @@ def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_nam
             f"train.surrogate_temperature: the neurons of model_type {recipe.model.model_type!r} have no surrogate "
             "whose width could change; leave it out"
         )
+    if "spike_rates" in needs and not getattr(config, "spiking", True):
+        raise RecipeError("objectives: this student has no neurons (model.config.spiking: false); leave spike_rate out")
+    if "attentions" in needs and "output_attentions" not in signature(_classes(recipe)[recipe.head].forward).parameters:
+        raise RecipeError(
+            f"objectives: model_type {recipe.model.model_type!r} has no attention; leave attention_mse out"
+        )
     if "attentions" in needs and getattr(config, "attention", None) == "sdsa":
         raise RecipeError("objectives: attention 'sdsa' has no attention weights to compare; leave attention_mse out")
     return config
 
 
-def make_student(recipe: Recipe, config: SpikingConfig, teacher: PreTrainedModel) -> PreTrainedModel:
-    """A student with the weights the recipe asks for: a classifier, or an encoder for text without labels.
+def make_student(recipe: Recipe, config: SpikingConfig, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    """A student with the weights the recipe asks for: a classifier, an encoder for text without labels, or a language
+    model.
 
     Raises:
         RecipeError: none of the weights to start from fits.
         CheckpointError: the saved student to start from cannot be loaded.
     """
-    task = "encoder" if recipe.data.label is None else "sequence-classification"
-    student = _classes(recipe)[task](config)
+    student = _classes(recipe)[recipe.head](config)
     if recipe.model.init_from == "teacher":
         student.copy_from(teacher)
     elif recipe.model.init_from != "scratch":

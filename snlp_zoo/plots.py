@@ -81,7 +81,7 @@ def spike_raster(recorded: "Recorded", tokens: Sequence[str], site: str) -> "Fig
     for token in range(1, length):
         axes.axvline(token, color=GREY, linewidth=0.5, alpha=0.5)
     axes.set(xlim=(0, length), ylim=(-1, shown), ylabel=f"neuron (first {shown} of {width})")
-    axes.set_xlabel(f"token, T = {time_steps} steps each")
+    axes.set_xlabel(f"token, T = {time_steps} steps each" if time_steps > 1 else "token")
     slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if length > 6 else {}
     axes.set_xticks([token + 0.5 for token in range(length)], tokens, **slanted)
     axes.set_title(f"{site}: {100 * (recorded.spikes != 0).float().mean():.1f} % fired", loc="left", fontsize=11)

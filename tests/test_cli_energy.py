@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from snlp_zoo.cli import app
-from snlp_zoo.energy.report import STATEMENT
+from snlp_zoo.energy.report import STATEMENT, UNTOUCHED
 from snlp_zoo.errors import CheckpointError, EnergyError, HubError
 from snlp_zoo.registry import build
 
@@ -53,6 +53,24 @@ def test_energy_of_an_entry_and_of_texts(trained):
     written = json.loads((trained / "out" / "energy.json").read_text())
     assert (written["memory"]["name"], written["tokens"]) == ("dram", 4)
     assert (trained / "out" / "energy.md").read_text() == told
+
+
+def test_energy_of_a_model_over_tokens_says_where_its_spikes_are_not(trained):
+    assert UNTOUCHED in run("energy", "spikegpt_tiny", "--tokens", 9)
+    found = json.loads(run("energy", "spikegpt_tiny", "--tokens", 2000, "--json"))  # no limit to a text's length
+    assert (found["time_steps"], found["tokens"], found["spike_driven_fraction"]) == (1, 2000, 0.0)
+    assert found["statement"] == f"{STATEMENT} {UNTOUCHED}"
+    assert "every claim holds; spike-driven fraction 0.00 %" in run("verify", "spikegpt_tiny", "--tokens", 9)
+
+
+def test_texts_of_a_language_model_need_no_padding_and_have_no_limit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build("spikegpt_tiny").save_pretrained(tmp_path / "model")
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["a", "b"])}, unk_token="a"))  # noqa: S106
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "model")
+    found = json.loads(run("energy", "model", "--text", "a b b a", "--text", "b", "--json"))
+    assert (found["texts"], found["tokens"]) == (2, 5)
 
 
 def test_verify_exits_with_one_when_a_claim_fails(trained):

@@ -16,7 +16,7 @@ from snlp_zoo import plots
 from snlp_zoo.pareto import front
 
 
-@pytest.fixture(params=["spikelm_tiny", "spikingbert_tiny", "spikebert_tiny"])
+@pytest.fixture(params=["spikelm_tiny", "spikingbert_tiny", "spikebert_tiny", "spikegpt_tiny"])
 def model(request):
     return build(request.param)
 
@@ -31,7 +31,8 @@ def texts(figure):
 def test_recorded_membranes_fire_where_they_reach_their_threshold(model):
     for name, found in record(model, BATCH).items():
         assert found.spikes.shape == found.membranes.shape
-        assert found.spikes.shape[:2] == (4, 4)  # T steps of four real tokens
+        time_steps = 1 if model.config.model_type == "spikegpt" else 4
+        assert found.spikes.shape[:2] == (time_steps, 4)  # T steps of four real tokens
         reached = found.membranes.abs() > found.threshold.view(-1, 1, 1) if found.ternary else (
             found.membranes >= found.threshold.view(-1, 1, 1))  # fmt: skip
         assert torch.equal(found.spikes != 0, reached), name
@@ -80,6 +81,14 @@ def test_raster_has_a_mark_for_every_spike_and_a_label_for_every_token(model):
     assert marks == int((found.spikes != 0).sum()) > 0
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "b", "c", "d"]
     assert site in figure.axes[0].get_title(loc="left")
+
+
+def test_raster_over_tokens_has_no_steps():
+    spikes = torch.eye(3).unsqueeze(0)  # one neuron fires at each token
+    found = Recorded(spikes, spikes, torch.ones(1), spikes > 0, False)
+    axes = plots.spike_raster(found, ["a", "b", "c"], "layers.0").axes[0]
+    assert axes.collections[0].get_offsets().tolist() == [[0.5, 0], [1.5, 1], [2.5, 2]]
+    assert axes.get_xlabel() == "token"
 
 
 def test_raster_of_one_neuron_for_all_tokens():

@@ -82,10 +82,16 @@ def ledger(found: dict[str, list[Found]]) -> str:
         for row in found.get(claim.system, []):
             needed = claim.needed_rate(table)
             verdict = "low enough" if row.rate <= needed else "too high"
-            lines.append(
-                f"| {row.entry} | {row.data} | {row.time_steps} | {100 * row.rate:.1f} % "
-                f"| {percent(row.spike_driven_fraction, 2)} | {row.matmul_only:.2f}x | {row.all_ops:.2f}x "
-                f"| {row.with_memory:.2f}x | {verdict} for {claim.ratio:.2f}x at T = {claim.time_steps} "
-                f"({claim.ratio * needed / row.rate:.2f}x) |"
-            )
+            reached = f"({claim.ratio * needed / row.rate:.2f}x)"
+            lines.append(_line(row, f"{verdict} for {claim.ratio:.2f}x at T = {claim.time_steps} {reached}"))
+    claimed = [claim.system for claim in CLAIMS]
+    lines += [_line(row, "-") for system, rows in found.items() if system not in claimed for row in rows]
     return "\n".join(lines)
+
+
+def _line(row: Found, verdict: str) -> str:
+    return (
+        f"| {row.entry} | {row.data} | {row.time_steps} | {100 * row.rate:.1f} % "
+        f"| {percent(row.spike_driven_fraction, 2)} | {row.matmul_only:.2f}x | {row.all_ops:.2f}x "
+        f"| {row.with_memory:.2f}x | {verdict} |"
+    )

@@ -1,7 +1,7 @@
 """What a forward computes: every tensor operation, by module, with what its operands are.
 
 SpikingJelly's dispatch mode shows each operation and the module it runs in; the rules here are our own. Neurons are
-priced as a whole; fused attention is taken apart; an operation without a price is an error.
+priced as a whole, and so are recurrences; fused attention is taken apart; an operation without a price is an error.
 Shapes: n rows (T, batch and tokens together), K inputs, M outputs of a product [n, K] x [K, M].
 """
 
@@ -23,7 +23,9 @@ from snlp_zoo.energy import prices
 from snlp_zoo.energy.kinds import Tag, contradiction, declared_kind, spikes_tag
 from snlp_zoo.energy.matmul import Product, product
 from snlp_zoo.errors import EnergyError
+from snlp_zoo.layers.neurons import as_recorded
 from snlp_zoo.layers.watching import evaluating, hooked
+from snlp_zoo.layers.wkv import WKV4
 from snlp_zoo.ops.bit_linear import unpack_weight
 
 
@@ -32,9 +34,9 @@ class Row:
     """One kind of work of one module, summed over texts and time steps.
 
     role: matmul, gate (spikes times spikes, element by element), counter (of spikes over tokens or channels), neuron,
-    norm, softmax, activation, residual, bias, amplitude, scale, gather, readout or other.
+    recurrence, norm, softmax, activation, residual, bias, amplitude, scale, gather, readout or other.
     counts: primitives of `costs`; alternative: another way to compute the same, of which the cheaper is taken.
-    timed: done anew at each of T steps; a dense network does it once.
+    timed: done anew at each of T steps; a dense network does it once. Neurons that walk over tokens have T = 1.
     The rest belongs to products and neurons: kind of the operands; their nonzeros and elements; accumulates and
     multiply-accumulates; dense: the same of real operands; outputs; weights: K M and their weight_bits (0:
     no weights); spike trains and real operands that are moved: (kind, "words" or "events" or "address_bits") -> how
@@ -83,7 +85,7 @@ class Counting(BaseCounter):
         self.seen: Counter = Counter()
         self.steps: Counter = Counter()  # neuron -> time steps of all texts
         self.widths: dict[str, int] = {}  # neuron -> outputs per token
-        self.inside = 0  # neurons: they are priced as a whole
+        self.inside = 0  # neurons and recurrences: they are priced as a whole
         self.names = {module: name for name, module in model.named_modules()}
         self.modules = {name: module for module, name in self.names.items()}
         self.root = type(model).__name__
@@ -105,6 +107,8 @@ class Counting(BaseCounter):
     def operation(self, func: Any, args: tuple, kwargs: dict, out: Any, path: str) -> None:
         """One tensor operation inside the module `path`."""
         name = prices.plain_name(func._schema.name)
+        if name == "pow" and not isinstance(args[1], Tensor) and args[1] == 2:
+            name = "square"
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)] or [
             x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
         ]
@@ -284,7 +288,7 @@ class Counting(BaseCounter):
         row.moved.update({(tag.kind, what): number for what, number in found.items()})
 
     def entered(self, node: nn.Module, inputs: tuple) -> None:
-        """Forward pre-hook of every neuron."""
+        """Forward pre-hook of every neuron and recurrence."""
         self.inside += 1
 
     def fired(self, node: nn.Module, inputs: tuple, spikes: Tensor) -> None:
@@ -292,18 +296,27 @@ class Counting(BaseCounter):
         name, kind = self.names[node], declared_kind(node)
         if node.step_mode != "m":
             raise EnergyError(f"{name}: step_mode is 's'; energy is counted over T at once, use step_mode='m'")
-        tag = spikes_tag(node, name, spikes)
-        if problem := contradiction(spikes, tag, by_step=True):
+        recorded = as_recorded(node, spikes)
+        tag = spikes_tag(node, name, recorded)
+        if problem := contradiction(recorded, tag, by_step=True):
             self.problems.setdefault(name, problem)
         leaks = not isinstance(node, neuron.IFNode) and getattr(node, "beta", 1) != 0
-        row = self.row(name, "neuron", True)
+        row = self.row(name, "neuron", tag.timed)
         row.kind, row.elements = kind, row.elements + spikes.numel()
         row.nnz += int(spikes.count_nonzero())
         row.counts.update({"add": 2 * spikes.numel(), "mul": 2 * spikes.numel() * leaks})
         self.widths[name] = spikes.shape[-1]
         self._moved(row, spikes, tag)
-        self.steps[name] += len(spikes)
+        self.steps[name] += len(recorded)
         self.tags[spikes] = tag
+        self.inside -= 1
+
+    def recurred(self, wkv: nn.Module, inputs: tuple, outputs: tuple) -> None:
+        """Forward hook of every WKV recurrence, whichever of its forms ran: what one token after another takes."""
+        tokens = outputs[0].numel()
+        row = self.row(self.names[wkv], "recurrence", False)
+        row.counts.update({primitive: number * tokens for primitive, number in prices.WKV4.items()})
+        row.outputs += tokens
         self.inside -= 1
 
 
@@ -340,8 +353,10 @@ def counting(model: nn.Module) -> Iterator[Counting]:
         raise EnergyError("energy is not counted under torch.inference_mode(); leave it out")
     counter = Counting(model)
     nodes = [module for module in model.modules() if isinstance(module, neuron.BaseNode)]
-    handles = [node.register_forward_pre_hook(counter.entered) for node in nodes]
+    recurrences = [module for module in model.modules() if isinstance(module, WKV4)]
+    handles = [module.register_forward_pre_hook(counter.entered) for module in (*nodes, *recurrences)]
     handles += [node.register_forward_hook(counter.fired) for node in nodes]
+    handles += [module.register_forward_hook(counter.recurred) for module in recurrences]
     with hooked(handles), evaluating(model), torch.no_grad(), _Mode([counter]):
         yield counter
     if counter.unpriced:

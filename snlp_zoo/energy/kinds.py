@@ -49,18 +49,21 @@ def declared_kind(node: nn.Module) -> str:
 
 
 def spikes_tag(node: nn.Module, name: str, spikes: Tensor) -> Tag:
-    """What a neuron says of its output, [T, ...]; its amplitudes are the largest magnitudes of each step."""
-    kind = declared_kind(node)
+    """What a neuron says of its output, [T, ...]; its amplitudes are the largest magnitudes of each step.
+
+    One that walks over tokens (`as_recorded`: T = 1) has no axis of T in what it really gives.
+    """
+    kind, timed = declared_kind(node), not getattr(node, "over_tokens", False)
     if kind in ("binary", "integer"):
-        return Tag(kind, name, timed=True)
+        return Tag(kind, name, timed=timed)
     amplitude = getattr(node, "amplitude", None)
     if amplitude is None:
-        return Tag(kind, name, step_amplitudes(spikes), timed=True)
+        return Tag(kind, name, step_amplitudes(spikes), timed=timed)
     if (amplitude == 1).all():
-        return Tag(kind, name, timed=True)
+        return Tag(kind, name, timed=timed)
     if node.channels and (amplitude != amplitude[..., :1]).any():
-        return Tag("real", name, timed=True)
-    return Tag(kind, name, step_amplitudes(spikes), timed=True)
+        return Tag("real", name, timed=timed)
+    return Tag(kind, name, step_amplitudes(spikes), timed=timed)
 
 
 def step_amplitudes(spikes: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """How many bytes a spiking layer moves, and how many the same layer moves in a dense network.
 
-Counted: weights, membranes, spikes, the real inputs and outputs of products, words gathered from tables. Inputs of
-norms, softmax and activations stay in registers, on both sides.
+Counted: weights, membranes, states of recurrences, spikes, the real inputs and outputs of products, words gathered
+from tables. Inputs of norms, softmax and activations stay in registers, on both sides.
 """
 
 import math
 from typing import NamedTuple
 
+from snlp_zoo.energy import prices
 from snlp_zoo.energy.costs import CostTable, Memory
 from snlp_zoo.energy.counting import Row
 
@@ -54,6 +55,11 @@ def _matrix_reads(row: Row, memory: Memory, uses: float, reuse: float, times: fl
     return uses / reuse if memory.traffic == "event" else row.fan_in * row.fan_out * times
 
 
+def _state(row: Row) -> Traffic:
+    """A recurrence's state, read and written for every token: as long-lived as a membrane, on both sides."""
+    return Traffic(membrane=2 * prices.WKV4_STATE * row.outputs * REAL_BYTES)
+
+
 def spiking_traffic(row: Row, memory: Memory, time_steps: int, texts: int) -> Traffic:
     """Of a row as it was counted."""
     if row.role == "gather":
@@ -61,6 +67,8 @@ def spiking_traffic(row: Row, memory: Memory, time_steps: int, texts: int) -> Tr
     moved = _moved_bytes(row, time_steps, memory.spikes)
     if row.role == "neuron":
         return Traffic(activation=moved, membrane=2 * row.elements * REAL_BYTES)
+    if row.role == "recurrence":
+        return _state(row)
     if row.role != "matmul":
         return Traffic()
     reuse = memory.reuse_spiking if row.spike_driven else memory.reuse_dense
@@ -79,6 +87,8 @@ def dense_traffic(
     if row.role == "gather":
         size = row.bytes / steps
         return Traffic(weight=size) if row.weight_bits else Traffic(activation=size)
+    if row.role == "recurrence":
+        return _state(row)
     if row.role != "matmul":
         return Traffic()
     uses = row.dense / steps

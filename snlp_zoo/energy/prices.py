@@ -10,6 +10,7 @@ ELEMENTWISE: dict[str, tuple[str, dict[str, int]]] = {  # per element of the out
     **dict.fromkeys(("exp", "erf", "sigmoid", "tanh", "log"), ("activation", {"exp": 1})),
     **dict.fromkeys(("relu", "clamp", "clamp_min", "clamp_max", "maximum", "minimum"), ("activation", {"add": 1})),
     **dict.fromkeys(("eq", "ne", "ge", "gt", "le", "lt", "round", "floor", "ceil"), ("other", {"add": 1})),
+    "square": ("activation", {"mul": 1}),
     "gelu": ("activation", {"exp": 1, "mul": 2, "add": 1}),
     "silu": ("activation", {"exp": 1, "mul": 1}),
     "lerp": ("other", {"mul": 2, "add": 2}),
@@ -18,6 +19,13 @@ ELEMENTWISE: dict[str, tuple[str, dict[str, int]]] = {  # per element of the out
     "_fused_rms_norm": ("norm", {"add": 2, "mul": 3}),
     **dict.fromkeys(("_softmax", "_log_softmax"), ("softmax", {"exp": 1, "add": 1, "div": 1})),
 }
+# One token and channel of RWKV-4's recurrence, p the running maximum, a and b numerator and denominator:
+#   out     q = max(p, u + k), e1 = exp(p - q), e2 = exp(u + k - q), (e1 a + e2 v) / (e1 b + e2)
+#           adds: u + k, max, two differences, two sums; products: e1 a, e2 v, e1 b
+#   update  q = max(p + w, k), e1 = exp(p + w - q), e2 = exp(k - q), a = e1 a + e2 v, b = e1 b + e2
+#           the same numbers without the division
+WKV4 = {"add": 6 + 6, "mul": 3 + 3, "exp": 2 + 2, "div": 1}
+WKV4_STATE = 3  # words of a, b and p, read and written for every token and channel
 REDUCTIONS = ("sum", "mean", "cumsum", "amax", "amin", "argmax", "argmin")  # an addition per element of the input
 GATHERS = ("embedding", "index", "index_select", "gather")  # words are read, nothing is computed
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")

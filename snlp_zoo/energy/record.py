@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from snlp_zoo.energy.report import split_texts
 from snlp_zoo.layers.firing import membranes_watched
-from snlp_zoo.layers.neurons import ElasticBiSpike, ExplicitState, TernaryLIFNode
+from snlp_zoo.layers.neurons import ElasticBiSpike, ExplicitState, TernaryLIFNode, as_recorded
 from snlp_zoo.layers.watching import evaluating
 
 
 @dataclass(frozen=True)
 class Recorded:
     """One neuron's text: spikes and charged membranes [T, N, D], in units where `threshold` fires.
+
+    T is 1 where the membrane walks over the N tokens.
 
     threshold: of each step, [T]; ternary neurons fire at minus the threshold too. Of `TernaryLIFNode` it is 1: its
         membranes are divided by the threshold of their sign and channel.
@@ -39,7 +41,8 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Recorded]:
     kept: dict[str, list[tuple[Tensor, ...]]] = {}
 
     def receive(name: str, node: ExplicitState, spikes: Tensor, membranes: Tensor, step: int) -> None:
-        reached = node.reached(membranes, step)
+        reached = as_recorded(node, node.reached(membranes, step))
+        spikes, membranes = as_recorded(node, spikes), as_recorded(node, membranes)
         membranes, threshold = _in_thresholds(node, membranes, step)
         texts = (x.flatten(1, -3).squeeze(1) for x in (spikes, membranes, reached))
         kept.setdefault(name, []).append((*texts, threshold))

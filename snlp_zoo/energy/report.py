@@ -17,6 +17,9 @@ STATEMENT = (
     "An estimate from published constants of single operations, not a measurement; on GPUs spiking inference is "
     "normally slower and takes more energy than the dense network."
 )
+UNTOUCHED = (
+    "No matrix product of this model has spikes among its inputs: neurons that stay silent save none of its products."
+)
 BASELINES = ("dense_fp32", "dense_int8", "qnn")
 LEVELS = ("matmul_only", "all_ops", "with_memory")
 _DENSE_PRIMITIVE = {"gate": "mul", "counter": "add"}  # for every element, where spikes take integer additions
@@ -193,6 +196,7 @@ def _report(model: str, every: "list[_Prices]", tokens: int, seen: dict[str, int
             "pj_per_token": total / tokens,
         },
         layers=layers,
+        statement=STATEMENT if driven else f"{STATEMENT} {UNTOUCHED}",
         costs={"name": table.name, "version": table.version, "node_nm": table.node_nm, "sha256": table.sha256},
         memory=asdict(memory),
         coverage={"operations": seen, "unpriced": []},
@@ -270,7 +274,7 @@ class _Prices:
 
 def _norm_ops(driven: list[Row], steps: int) -> float:
     """Sum of IFR_i OPS_(i+1) over sum of OPS_i, linear layers with spiking inputs only (Lu and Sengupta 2020)."""
-    linear = [row for row in driven if row.weight_bits and row.timed]
+    linear = [row for row in driven if row.weight_bits and (row.timed or steps == 1)]
     operations = sum(row.dense for row in linear) / steps
     return sum(row.nnz * row.fan_out for row in linear) / operations if operations else 0.0
 

@@ -21,10 +21,12 @@ def test_a_claim_needs_a_rate_that_is_low_enough():
             Found("other", "texts", 2, 0.40, 0.99, 3.6, 3.0, 1.5),
         ],
         "SpikingBERT": [],
+        "SpikeGPT": [Found("published", "texts", 1, 0.0, 0.0, 1.0, 0.9, 0.9)],
     }
     page = ledger(rows).splitlines()
     assert any("| mine |" in line and "low enough for 3.70x at T = 4 (4.26x)" in line for line in page)
     assert any("| other |" in line and "too high for 3.70x at T = 4 (3.19x)" in line for line in page)
+    assert any(line.startswith("| published |") and line.endswith("| - |") for line in page)
     assert any("no SpikingBERT in this zoo yet" in line for line in page)
     assert any("no SpikeBERT in this zoo yet" in line for line in page)
 

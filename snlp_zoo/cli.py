@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from snlp_zoo import cli_energy
+from snlp_zoo import cli_convert, cli_energy, cli_generate
 from snlp_zoo.cli_energy import JsonFlag
 from snlp_zoo.doctor import torchvision_mismatch
 from snlp_zoo.errors import BackendError, Interrupted, ProcessError, SnlpError
@@ -100,14 +100,14 @@ def info(entry: str, json_: JsonFlag = False) -> None:
 
 
 @app.command()
-def distill(
+def train(
     entry_or_recipe: Annotated[str, typer.Argument(help="A zoo entry with a recipe, or a recipe file.")],
     output_dir: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value: train.batch_size=16")] = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Train a spiking student from its teacher and print the final table."""
+    """Train a spiking model by its recipe, a student from its teacher or a language model, and print its scores."""
     cli_energy.quiet_transformers()
     from snlp_zoo.train.run import distill as run
 
@@ -116,21 +116,26 @@ def distill(
         _print(summary, json_, _summary_table(summary))
 
 
+app.command("distill", help="Train a student from its teacher: another name of train.")(train)
+
+
 def _summary_table(summary: dict[str, Any]) -> Table:
     """One column per contestant; the rest of the summary below."""
     people = [who for who in ("teacher", "student", "baseline") if any(k.startswith(f"{who}_") for k in summary)]
     metrics = [key.removeprefix("student_") for key in summary if key.startswith("student_")]
-    split = "test" if "test_examples" in summary else "validation"
-    title = f"{summary['name']}: {summary[f'{split}_examples']} {split} examples, {summary['seconds']:.0f} s"
+    counted = next(key for key in ("test_examples", "test_tokens", "validation_examples") if key in summary)
+    title = f"{summary['name']}: {summary[counted]} {counted.replace('_', ' ')}, {summary['seconds']:.0f} s"
     table = _table(title, "", *("bag of words" if who == "baseline" else who for who in people), numbers=True)
     for metric in metrics:
         values = [summary.get(f"{who}_{metric}") for who in people]
         table.add_row(metric.replace("_", " "), *("-" if v is None else _shown(metric, v) for v in values))
+    parameters = {"teacher": "teacher_parameters", "student": "parameters"}
     cells: dict[str, dict[str, str]] = {
-        "parameters": {"teacher": f"{summary['teacher_parameters']:,}", "student": f"{summary['parameters']:,}"},
+        "parameters": {who: f"{summary[key]:,}" for who, key in parameters.items() if key in summary},
         "time steps": {"student": str(summary["time_steps"])},
-        "firing rate": {"student": f"{100 * summary['firing_rate']:.1f} %"},
     }
+    if "firing_rate" in summary:
+        cells["firing rate"] = {"student": _shown("firing_rate", summary["firing_rate"])}
     for name, shown in cells.items():
         table.add_row(name, *(shown.get(who, "-") for who in people))
     for stage in summary.get("stages", [])[:-1]:  # the last one's scores are above
@@ -144,8 +149,9 @@ def _summary_table(summary: dict[str, Any]) -> Table:
 
 
 def _shown(metric: str, value: float) -> str:
-    """Shares as per cent; losses and distances have no hundred."""
-    return f"{value:.4f}" if metric.endswith(("loss", "mse")) else f"{100 * value:.1f} %"
+    """Shares as per cent; losses, distances and bits have no hundred."""
+    whole = metric.endswith(("loss", "mse")) or metric in ("perplexity", "bits_per_byte", "bits_per_character")
+    return f"{value:.4f}" if whole else f"{100 * value:.1f} %"
 
 
 @app.command()
@@ -153,24 +159,25 @@ def evaluate(
     path_or_entry: Annotated[
         str, typer.Argument(help="A saved folder, a zoo entry trained into runs/, or user/name on the Hub.")
     ],
-    data: Annotated[str, typer.Option(help="A labelled .tsv, .csv or .jsonl file (also .gz, .xz), or 'tweets'.")],
+    data: Annotated[str, typer.Option(help="A .txt, .tsv, .csv or .jsonl file (also .gz, .xz), or 'tweets'.")],
     text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
     label: Annotated[str, typer.Option(help="Column of the label.")] = "label",
+    separator: Annotated[str | None, typer.Option(help="Stands after each text of a language model.")] = None,
     revision: RevisionOption = None,
     verify: VerifyFlag = False,
     json_: JsonFlag = False,
 ) -> None:
-    """Score a trained model on a file."""
+    """Score a trained classifier on labelled texts, or a language model on any."""
     cli_energy.quiet_transformers()
     from snlp_zoo.train.run import evaluate_checkpoint
 
-    columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label}
+    columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "separator": separator}
     scores = evaluate_checkpoint(path_or_entry, data, **columns, revision=revision, verify=verify)
     table = _table(scores["path"], "metric", "value", numbers=True)
     for key, value in scores.items():
         if key != "path":
-            table.add_row(key, f"{100 * value:.1f} %" if isinstance(value, float) else str(value))
+            table.add_row(key, _shown(key, value) if isinstance(value, float) else str(value))
     _print(scores, json_, table)
 
 
@@ -277,3 +284,5 @@ def doctor(json_: JsonFlag = False) -> None:
 
 
 app.add_typer(cli_energy.app)
+app.add_typer(cli_convert.app)
+app.add_typer(cli_generate.app)

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import yaml
@@ -103,7 +104,7 @@ def list_entries() -> list[str]:
 def unknown(kind: str, name: str, known: list[str]) -> RecipeError:
     """The error for a name nobody knows, with the nearest ones."""
     nearest = get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {', '.join(known)}"
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {shorten(', '.join(known), 400)}"
     return RecipeError(f"unknown {kind} {name!r}; {hint}")
 
 
@@ -296,7 +297,9 @@ def find_checkpoint(path_or_entry: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     if name in list_entries():
-        train = f"train it with 'snlp-zoo distill {name}' or " if load_entry(name).recipe else ""
+        entry = load_entry(name)
+        command = "train" if entry.task == "causal-lm" else "distill"
+        train = f"train it with 'snlp-zoo {command} {name}' or " if entry.recipe else ""
         raise CheckpointError(
             f"{name} has no trained checkpoint in runs/{name}; {train}use snlp_zoo.build({name!r}) for fresh weights"
         )

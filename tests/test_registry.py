@@ -4,6 +4,7 @@ import yaml
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -59,6 +60,7 @@ def test_every_class_is_found_by_the_auto_classes():
     autos = {
         "sequence-classification": AutoModelForSequenceClassification,
         "masked-lm": AutoModelForMaskedLM,
+        "causal-lm": AutoModelForCausalLM,
         "encoder": AutoModel,
     }
     for model_type, classes in registry.model_classes().items():

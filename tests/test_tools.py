@@ -53,3 +53,30 @@ def test_processes_bench_reverses_rows(tool, monkeypatch):
 
 def test_claims_ledger_knows_every_family(tool):
     assert tool("claims_ledger").SYSTEMS.keys() == model_classes().keys()
+
+
+def test_generation_bench_measures_single_tokens(tool):
+    model = snlp_zoo.build("spikegpt_tiny")
+    read = []
+    model.spikegpt.embeddings.register_forward_hook(lambda _, inputs, out: read.append(inputs[0].shape[1]))
+    short, long = (tool("bench_generate").measure(model, length, tokens=3, piece=40) for length in (20, 100))
+    assert read == [19, *[1] * 4, *[1] * 3, 40, 40, 19, *[1] * 4, *[1] * 3]
+    assert short["state_bytes"] == long["state_bytes"] == 2 * 7 * 32 * 4
+    assert short["ms_per_token"] > 0
+
+
+def test_comparison_shows_what_was_measured(tool):
+    columns = tool("compare_recipes").columns
+    language = {"student_bits_per_character": 2.25, "firing_rate": 0.3, "seconds": 9.0}
+    dense = {"student_bits_per_character": 2.0, "seconds": 5.0}
+    shown = columns([language, language | {"student_bits_per_character": 2.27, "seconds": 11.0}])
+    assert shown == {"bits per character": "2.260 +- 0.014", "firing rate": "30.0 +- 0.0 %", "seconds": "10"}
+    assert columns([dense]) == {"bits per character": "2.000", "firing rate": "-", "seconds": "5"}
+    labels = {
+        "student_accuracy": 0.7,
+        "student_macro_f1": 0.6,
+        "teacher_accuracy": 0.75,
+        "firing_rate": 0.1,
+        "seconds": 8,
+    }
+    assert columns([labels])["gap to the teacher"] == "5.0"

@@ -2,7 +2,7 @@
 
     python tools/compare_recipes.py "short = spikelm_tiny_tweets" "long = spikelm_tiny_tweets train.epochs=2" --seeds 3
 
-Each name stands for a zoo entry or recipe file and changes to it, as for `snlp-zoo distill --set`; `--set` changes all.
+Each name stands for a zoo entry or recipe file and changes to it, as for `snlp-zoo train --set`; `--set` changes all.
 Every run is a process of its own, --jobs at a time (on a GPU that is faster), in a folder of its own under
 --output-dir; one that is finished there is not run again. Seeds are those of the student; the teacher is the same.
 """
@@ -22,7 +22,7 @@ def run(folder: Path, recipe: str, changes: list[str], threads: int) -> dict[str
     """Train once, in another process, unless it has been done; the summary."""
     summary = folder / "summary.json"
     if not summary.is_file():
-        command = [sys.executable, "-m", "snlp_zoo", "distill", recipe, "--json", "--output-dir", str(folder)]
+        command = [sys.executable, "-m", "snlp_zoo", "train", recipe, "--json", "--output-dir", str(folder)]
         command += [part for change in changes for part in ("--set", change)]
         folder.parent.mkdir(parents=True, exist_ok=True)
         log, environment = folder.with_suffix(".log"), os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -33,10 +33,31 @@ def run(folder: Path, recipe: str, changes: list[str], threads: int) -> dict[str
     return json.loads(summary.read_text(encoding="utf-8"))
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation in percent, or the value alone."""
-    values = [100 * value for value in values]
-    return f"{statistics.mean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+def spread(values: list[float], scale: int = 100, digits: int = 1) -> str:
+    """Mean and standard deviation, in percent if scale is 100, or the value alone."""
+    values = [scale * value for value in values]
+    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def columns(found: list[dict[str, Any]]) -> dict[str, str]:
+    """Heading -> what the runs of one student say."""
+
+    def of(name: str) -> list[float]:
+        return [row[name] for row in found]
+
+    if "student_bits_per_character" in found[0]:
+        shown = {"bits per character": spread(of("student_bits_per_character"), scale=1, digits=3)}
+    else:
+        accuracy, teacher = of("student_accuracy"), of("teacher_accuracy")
+        shown = {
+            "accuracy": spread(accuracy),
+            "macro F1": spread(of("student_macro_f1")),
+            "gap to the teacher": spread([t - s for t, s in zip(teacher, accuracy, strict=True)]),
+            "least, most": f"{100 * min(accuracy):.1f}, {100 * max(accuracy):.1f}",
+        }
+    rate = f"{spread(of('firing_rate'))} %" if "firing_rate" in found[0] else "-"  # a dense control has none
+    return shown | {"firing rate": rate, "seconds": f"{statistics.median(of('seconds')):.0f}"}
 
 
 def main() -> None:
@@ -65,16 +86,11 @@ def main() -> None:
             pool.map(lambda job: run(*job, max(1, cores // options.jobs)), others),
             strict=True,
         )
-    print("| student | accuracy | macro F1 | gap to the teacher | least, most | firing rate | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for name, some in planned.items():
-        found = [done[folder] for folder, *_ in some]
-        accuracy = [row["student_accuracy"] for row in found]
-        gap = [row["teacher_accuracy"] - row["student_accuracy"] for row in found]
-        columns = [spread(values) for values in (accuracy, [row["student_macro_f1"] for row in found], gap)]
-        columns += [f"{100 * min(accuracy):.1f}, {100 * max(accuracy):.1f}"]
-        columns += [f"{spread([row['firing_rate'] for row in found])} %"]
-        print(f"| {name} | {' | '.join(columns)} | {statistics.median(row['seconds'] for row in found):.0f} |")
+    rows = {name: columns([done[folder] for folder, *_ in some]) for name, some in planned.items()}
+    headings = ["student", *next(iter(rows.values()))]
+    print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(row.values())} |")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,17 @@ def _cells(result: dict[str, Any]) -> str:
         return "- | - | - | - | - | -"
     task = f"{result['dataset']}, {result['metric'].replace('_', ' ')}"
     rate = f"{100 * result['firing_rate']:.1f} %" if "firing_rate" in result else "-"
-    teacher = f"{100 * result['teacher_value']:.1f}" if "teacher_value" in result else "-"
-    paper = f"{100 * result['paper_value']:.1f}" if "paper_value" in result else "-"
+    paper, teacher = (
+        _value(result, f"{who}_value") if f"{who}_value" in result else "-" for who in ("paper", "teacher")
+    )
     driven = percent(result["spike_driven_fraction"], 1) if "spike_driven_fraction" in result else "-"
-    return f"{task} | {paper} | {teacher} | {100 * result['value']:.1f} | {rate} | {driven}"
+    return f"{task} | {paper} | {teacher} | {_value(result, 'value')} | {rate} | {driven}"
+
+
+def _value(result: dict[str, Any], key: str) -> str:
+    """Scores of a classifier as per cent; bits and perplexities have no hundred."""
+    plain = result["metric"] == "perplexity" or result["metric"].startswith("bits_")
+    return f"{result[key]:.3f}" if plain else f"{100 * result[key]:.1f}"
 
 
 def table() -> str:

@@ -40,12 +40,12 @@ class Run:
     @property
     def teacher(self) -> tuple[str, str | None]:
         """Name of the teacher, and its id on the Hub."""
-        return _name(self.recipe.get("teacher", {}).get("name", ""))
+        return _name((self.recipe.get("teacher") or {}).get("name", ""))
 
     @property
     def split(self) -> str:
         """Where the scores come from."""
-        return "test" if "test_examples" in self.summary else "validation"
+        return "test" if {"test_examples", "test_tokens"} & self.summary.keys() else "validation"
 
     @property
     def scores(self) -> dict[str, float]:
@@ -140,6 +140,8 @@ def _head(run: Run, model: PreTrainedModel, repo_id: str) -> str:
     sentences.append(f"A spiking language model ({model.config.model_type}) of snlp_zoo.")
     if teacher := run.teacher[0]:
         sentences.append(f"Distilled from {teacher} on {run.dataset[0]}.")
+    elif run.recipe:
+        sentences.append(f"Trained on {run.dataset[0]}.")
     if entry and "paper" in entry.source:
         sentences.append(f"Architecture: {entry.source['paper']}.")
     return f"# {repo_id.partition('/')[2]}\n\n" + " ".join(sentences)

@@ -22,7 +22,9 @@ def generate(
         float | None, typer.Option(help="Divides logits before a token is drawn; 0 takes the likeliest.")
     ] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share of probability.")] = 1.0,
-    num_beams: Annotated[int, typer.Option(help="Continuations followed side by side; more than 1 draws none.")] = 1,
+    num_beams: Annotated[
+        int, typer.Option(help="Continuations followed side by side; more than 1 draw only with --temperature.")
+    ] = 1,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text while it is written.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub; main by default.")] = None,

@@ -50,6 +50,8 @@ def generate(
         CheckpointError: no such model, it is damaged, or it writes no text.
         DataError: a prompt without tokens, or an option out of bounds.
     """
+    if not isinstance(prompt, str):
+        raise DataError(f"generate: the prompt is one text, got a {type(prompt).__name__}; call it for each text")
     _check(max_new_tokens, temperature, top_p, num_beams, stream)
     folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
     model: Any = registry.load(folder)
@@ -59,22 +61,23 @@ def generate(
     ids = _prompt_ids(tokenizer, prompt, model.config.vocab_size, folder)
     heat = (0.0 if num_beams > 1 else 1.0) if temperature is None else temperature
     drawing = {"temperature": float(heat), "top_p": float(top_p), "top_k": 0} if heat else {}
-    if seed is not None:
-        torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     padding = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
     start = time.perf_counter()
-    written = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=heat > 0,
-        num_beams=num_beams,
-        streamer=None if stream is None else _Pieces(tokenizer, stream),
-        eos_token_id=end,
-        pad_token_id=padding,
-        **drawing,
-    )[0, ids.shape[1] :]
+    with torch.random.fork_rng(enabled=seed is not None):  # the caller's generator goes on as it would have
+        if seed is not None:
+            torch.manual_seed(seed)
+        written = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=heat > 0,
+            num_beams=num_beams,
+            streamer=None if stream is None else _Pieces(tokenizer, stream),
+            eos_token_id=end,
+            pad_token_id=padding,
+            **drawing,
+        )[0, ids.shape[1] :]
     seconds = time.perf_counter() - start
     text = tokenizer.decode(written, skip_special_tokens=True)
     return {"prompt": prompt, "text": text, "tokens": len(written), "seconds": seconds}
@@ -94,7 +97,7 @@ def _check(max_new_tokens: int, temperature: float | None, top_p: float, num_bea
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, vocab_size: int, folder: Path) -> torch.Tensor:
     """[1, N]"""
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].long()  # as in training
     if not ids.numel():
         raise DataError(f"generate: the prompt {prompt!r} has no tokens; give it at least one word")
     if int(ids.max()) >= vocab_size:

@@ -81,7 +81,7 @@ def pareto(
     for steps in time_steps:
         for threshold in thresholds:
             candidate = varied(model, steps, threshold)
-            report = estimate(candidate, model_inputs(sample), costs=costs, memory=memory)
+            report = estimate(candidate, model_inputs(sample, candidate), costs=costs, memory=memory)
             yield {
                 "time_steps": steps,
                 "threshold": threshold,
@@ -97,7 +97,7 @@ def _score(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], texts
     right, seconds = 0, 0.0
     fired: list[float] = []
     for batch in batches:
-        inputs = model_inputs(batch)
+        inputs = model_inputs(batch, model)
         fired.append(float(model(**inputs, output_spike_rates=True).firing_rate) * len(batch["labels"]))
         started = time.perf_counter()
         output = model(**inputs)

@@ -42,7 +42,7 @@ def predict(
         if length > limit:
             logger.warning("text %d has %d tokens and was cut at %d", number, length, limit)
         inputs = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
-        output = model(**model_inputs(inputs), output_spike_rates=True)
+        output = model(**model_inputs(inputs, model), output_spike_rates=True)
         logits = output.logits[0]
         best = int(logits.argmax())
         score = (logits if len(logits) == 1 else logits.softmax(-1))[best].item()

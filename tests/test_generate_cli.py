@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from snlp_zoo import cli, registry
+from snlp_zoo.errors import DataError
 from snlp_zoo.generate import generate
 
 
@@ -115,3 +116,27 @@ def test_the_function_returns_what_the_command_prints(folder):
     answer = generate(folder, "once", max_new_tokens=6, temperature=0, stream=pieces.append)
     assert "once" + answer["text"] == greedy(folder, "once", max_new_tokens=6)
     assert "".join(pieces) == answer["text"]
+
+
+def test_one_prompt_at_a_time(folder):
+    with pytest.raises(DataError, match="the prompt is one text, got a list"):
+        generate(folder, ["ab", "cd"])
+
+
+def test_a_seed_leaves_the_callers_generator_alone(folder):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    assert generate(folder, "ab", seed=1)["text"] == generate(folder, "ab", seed=1)["text"]
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_prompt_is_read_as_training_reads_text(folder):
+    tokenizer = registry.load_tokenizer(folder)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("$A z", special_tokens=[("z", 25)])
+    tokenizer.save_pretrained(folder)
+    options = {"max_new_tokens": 4, "temperature": 0}
+    model, ids = registry.load(folder), torch.tensor([[0, 1]])
+    mask = torch.ones_like(ids)
+    written = model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, max_new_tokens=4)[0, 2:]
+    assert generate(folder, "ab", **options)["text"] == tokenizer.decode(written)

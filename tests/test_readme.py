@@ -56,7 +56,7 @@ def test_recipe_block_is_a_recipe(tmp_path, recipe):
     path.write_text(recipe)
     loaded = load_recipe(str(path))
     assert loaded.name == yaml.safe_load(recipe)["name"]
-    assert loaded.model.model_type == "spikelm"
+    assert loaded.model.model_type == yaml.safe_load(recipe).get("model", {}).get("model_type", "spikelm")
 
 
 def test_continuous_integration_runs_the_readme_test_command():

@@ -36,7 +36,7 @@ def measure(run: str, data: str, limit: int) -> tuple[str, Found]:
     texts = read_set(data, label=None).texts[:limit]
     length = longest(tokenizer, model.config)
     batch = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-    report = estimate(model, model_inputs(batch))
+    report = estimate(model, model_inputs(batch, model))
     recipe = folder.parent / "recipe.yaml"
     name = registry.read_yaml(recipe)["name"] if recipe.is_file() else Path(run).resolve().name
     return SYSTEMS[model.config.model_type], summary(name, f"{limit} texts of {Path(data).name}", report)

@@ -89,7 +89,8 @@ def _tokens(text: str | Path, tokenizer: PreTrainedTokenizerBase | None, vocabul
     if tokenizer is None:
         raise DataError("a text is scored token by token and needs a tokenizer; give its folder too")
     try:
-        content = text.read_text(encoding="utf-8") if isinstance(text, Path) else text
+        named = len(str(text)) < 1000 and "\n" not in str(text) and Path(text).is_file()
+        content = Path(text).read_text(encoding="utf-8") if named or isinstance(text, Path) else text
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {text}: {error}; give a file of plain text in UTF-8") from error
     ids = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:TOKENS])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a batch a model is fed: not labels, not numbers of examples."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+def model_inputs(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """What of a batch this model is fed: not labels, not numbers of examples, token types only if it knows them."""
+    names = ["input_ids", "attention_mask"]
+    if "token_type_ids" in batch and "token_type_ids" in signature(type(model).forward).parameters:
+        names.append("token_type_ids")
+    return {name: batch[name] for name in names}
 
 
 def longest(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> int:

@@ -48,6 +48,8 @@ def make_stream(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", sepa
     Raises:
         DataError: no text, no end of text in the tokenizer, or a separator without tokens.
     """
+    if isinstance(texts, str):
+        raise DataError("a stream is made of a list of texts, got one text; put it into a list")
     if separator is None:
         if not isinstance(tokenizer.eos_token_id, int):
             raise DataError("the tokenizer has no end of text to stand between texts; set data.separator to a string")

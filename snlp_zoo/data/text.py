@@ -75,6 +75,7 @@ class Columns:
     text: str = "text"
     text_pair: str | None = None
     label: str | None = "label"
+    blanks: bool = False  # rows without text are left out, as between the paragraphs of a book
 
 
 def load_splits(
@@ -246,8 +247,14 @@ def text_set(table: Table, columns: Columns, code: LabelCode | None = None) -> T
     """The columns of a table; `code` reads labels, where a label column is named."""
     texts = _strings(table, columns.text)
     for row, text in enumerate(texts):
-        if not text.strip():
+        if not (text.strip() or columns.blanks):
             raise DataError(f"{table.where(row)}: the text in column {columns.text!r} is empty; remove the row")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{table.where(row)}: the text has half of a surrogate pair ({error}); mend it") from error
+    if columns.blanks:
+        return TextSet([text for text in texts if text.strip()])
     return TextSet(
         texts,
         _strings(table, columns.text_pair) if columns.text_pair else None,

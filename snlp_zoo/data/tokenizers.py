@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from snlp_zoo.errors import DataError
+from snlp_zoo.errors import DataError, lookup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,7 +33,9 @@ def train_tokenizer(kind: Kind, texts: Iterable[str], vocab_size: int | None = N
     """
     from transformers import PreTrainedTokenizerFast  # here: it loads torch
 
-    tokenizer = _KINDS[kind](texts, vocab_size)
+    if isinstance(texts, str):
+        raise DataError("a tokenizer is trained on a list of texts, got one text; put it into a list")
+    tokenizer = lookup("tokenizer", kind, _KINDS, DataError)(texts, vocab_size)
     unknown = {"unk_token": UNKNOWN} if kind == "characters" else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -126,7 +126,7 @@ def _read(
         return [(split, _read_file(file, text, text_pair, whole)) for split, file in _files(path)]
     if path.is_file() or suffix(source):
         return [("train", _read_file(path if path.is_file() else Path(source), text, text_pair, whole))]
-    sets, _ = read_splits(source, name, Columns(text[0], text_pair, None), None)
+    sets, _ = read_splits(source, name, Columns(text[0], text_pair, None, blanks=whole), None)
     return list(sets.items())
 
 
@@ -157,7 +157,7 @@ def _read_file(path: Path, text: list[str], text_pair: str | None, whole: bool) 
             f"{path}: no column {' or '.join(map(repr, text))} among {', '.join(table.columns)}; name one of these."
             f"{nearest(text[0], table.columns)}"
         )
-    return text_set(table, Columns(column, text_pair, None))
+    return text_set(table, Columns(column, text_pair, None, blanks=whole))
 
 
 def _joined(parts: list[TextSet]) -> TextSet:

@@ -86,25 +86,24 @@ class Distiller(nn.Module):
         return self._losses_and_rate(batch, **more)
 
     def _losses_and_rate(self, batch: Mapping[str, Tensor], **more: bool) -> tuple[Tensor, Any]:
-        inputs = model_inputs(batch)
-        student = self.student(**inputs, **self.more, **(self.wanted | more))
+        student = self.student(**model_inputs(batch, self.student), **self.more, **(self.wanted | more))
         if student.hidden_states is not None:
             student.hidden_states = self.projection(student.hidden_states)
         depth = self.student.config.num_hidden_layers
-        teacher = matched(self._teach(inputs), depth, self.layer_map) if self._teacher else None
+        teacher = matched(self._teach(batch), depth, self.layer_map) if self._teacher else None
         if self.tables:
             student.embedding_table = _embedding_table(self.student)
         losses = [o.function(student, teacher, batch, **options) for o, options in self.objectives.values()]
         return torch.stack(losses), getattr(student, "firing_rate", None)
 
     @torch.no_grad()
-    def _teach(self, inputs: dict[str, Tensor]) -> Any:
+    def _teach(self, batch: Mapping[str, Tensor]) -> Any:
         """The teacher's outputs; a dense model does not give its scores, so they are taken from its projections."""
         (teacher,) = self._teacher
         wanted = {name: value for name, value in self.wanted.items() if name in _OF_DENSE_MODELS}
         scored = attention_scores_recorded(teacher) if "output_attention_scores" in self.wanted else nullcontext()
         with scored as scores:
-            outputs = teacher(**inputs, **self.more, **wanted)
+            outputs = teacher(**model_inputs(batch, teacher), **self.more, **wanted)
         if scores is not None:
             outputs.attention_scores = tuple(scores)
         if self.tables:

@@ -29,7 +29,7 @@ def shifted(x: Tensor, state: dict[str, Tensor] | None, name: str) -> Tensor:
     if state is None:
         return nn.functional.pad(x, (0, 0, 1, -1))
     before = torch.cat([state[name].to(x.dtype).unsqueeze(1), x[:, :-1]], 1)
-    state[name] = x[:, -1]
+    state[name] = x[:, -1].clone()  # a view would keep all tokens
     return before
 
 

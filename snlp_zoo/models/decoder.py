@@ -198,7 +198,8 @@ class SpikingDecoder(SpikingDecoderPreTrainedModel):
             name = next(name for name in wanted | found if wanted.get(name) != found.get(name))
             raise ValueError(
                 f"{type(self).__name__}: the state in past_key_values is that of another model or batch: its layers."
-                f"{name} is {found.get(name, 'missing')}, here {wanted.get(name, 'there is none')}; start without it"
+                f"{name} is {found.get(name, 'missing')}, here {wanted.get(name, 'there is none')}; start without it, "
+                "or repeat it for as many texts (batch_repeat_interleave)"
             )
         return past.states
 

@@ -47,7 +47,7 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
     with evaluating(model):
         for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
             batch = own_rows(accelerator, whole)
-            output = model(**model_inputs(never_empty(batch, whole)), **asked)
+            output = model(**model_inputs(never_empty(batch, whole), model), **asked)
             if len(batch["index"]):
                 columns = (batch["index"].tolist(), output.logits.float().cpu().numpy(), batch["labels"].cpu().numpy())
                 rows += zip(*columns, strict=True)
@@ -71,7 +71,7 @@ def _evaluate_language(
     with evaluating(model):
         for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
             batch = own_rows(accelerator, whole)
-            output = model(**model_inputs(never_empty(batch, whole)), use_cache=False, **asked)
+            output = model(**model_inputs(never_empty(batch, whole), model), use_cache=False, **asked)
             if len(batch["index"]):
                 rows += zip(batch["index"].tolist(), _nats(output.logits, batch["labels"]).tolist(), strict=True)
                 if asked:
@@ -145,11 +145,11 @@ def never_empty(batch: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str,
     return stand_in | {"attention_mask": torch.zeros_like(stand_in["attention_mask"])}
 
 
-def sample(loader: DataLoader, device: torch.device) -> dict[str, Tensor]:
+def sample(loader: DataLoader, device: torch.device, student: PreTrainedModel) -> dict[str, Tensor]:
     """Inputs of a few texts of middling length, the same at every look and on every rank."""
     batches = list(loader.batch_sampler)  # type: ignore[arg-type]
     batch = loader.collate_fn(batches[len(batches) // 2][:SAMPLE])
-    return send_to_device(model_inputs(batch), device)
+    return send_to_device(model_inputs(batch, student), device)
 
 
 @torch.no_grad()

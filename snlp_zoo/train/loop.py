@@ -131,7 +131,9 @@ class Trainer:
         self.loader, self.eval_loader = loaders
         self.distiller: Distiller = accelerator.unwrap_model(self.module)
         register_fsdp_forward_method(self.distiller, "losses_and_rate")  # does nothing without FSDP2
-        self.sample = sample(self.eval_loader, accelerator.device) if spikes(distiller.student) else None
+        self.sample = (
+            sample(self.eval_loader, accelerator.device, distiller.student) if spikes(distiller.student) else None
+        )
         self.checkpoints = Checkpoints(accelerator, self.module, folder / "checkpoints", settings)
         self.stop = StopSignals(accelerator.num_processes)
         self.weights = torch.zeros(len(weights), device=accelerator.device)  # of the step in progress

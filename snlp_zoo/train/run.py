@@ -307,7 +307,8 @@ def evaluate_checkpoint(
         data: a file, with labels for a classifier, or anything `data.load_splits` or, for a language model,
             `data.load_documents` knows, whose test split is used.
         text, text_pair, label: column names; of a language model the first alone.
-        separator: what stands after each text for a language model, None for its tokenizer's end of text.
+        separator: what stands after each text for a language model; None: what did in its run, if that lies around
+            it, else its tokenizer's end of text.
         revision, verify: as `snlp_zoo.load`.
     Raises:
         SnlpError: the checkpoint or the file cannot be used.
@@ -335,8 +336,20 @@ def evaluate_checkpoint(
 
 def _evaluate_language_model(folder: Path, data: str, text: str, separator: str | None) -> dict[str, Any]:
     model, tokenizer = registry.load(folder), registry.load_tokenizer(folder)
-    texts = read_documents(data, text) if Path(data).is_file() else load_documents(data, text=text).test.texts
+    kept = folder.parent / "recipe.yaml"
+    part = load_recipe(str(kept)).data if kept.is_file() else None  # how it was trained
+    if part is not None and separator is None:
+        separator = part.separator
+    if Path(data).is_file():
+        texts = read_documents(data, text)
+    else:
+        texts = load_documents(data, text=text, seed=part.seed if part and part.source == data else 0).test.texts
     stream = make_stream(texts, tokenizer, separator)
+    if (largest := int(stream.tokens.max())) >= model.config.vocab_size:
+        raise CheckpointError(
+            f"cannot evaluate {folder}: its tokenizer gives token {largest}, its model knows "
+            f"{model.config.vocab_size}; save both of one training"
+        )
     if stream.unknown:
         logger.warning("%d of %d characters are unknown to the tokenizer", stream.unknown, stream.characters)
     scores = evaluate_through(model.to(make_accelerator("no").device), stream)

@@ -99,6 +99,11 @@ def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_nam
             f"train.surrogate_temperature: the neurons of model_type {recipe.model.model_type!r} have no surrogate "
             "whose width could change; leave it out"
         )
+    if recipe.model.init_from == "teacher" and not hasattr(_classes(recipe)[recipe.head], "copy_from"):
+        raise RecipeError(
+            f"model.init_from: model_type {recipe.model.model_type!r} has no layers like a teacher's to start from; "
+            "use 'scratch' or a saved student"
+        )
     if "spike_rates" in needs and not getattr(config, "spiking", True):
         raise RecipeError("objectives: this student has no neurons (model.config.spiking: false); leave spike_rate out")
     if "attentions" in needs and "output_attentions" not in signature(_classes(recipe)[recipe.head].forward).parameters:

@@ -110,7 +110,7 @@ def check_layer_map(recipe: Recipe, student_layers: int) -> None:
 
 
 def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
-    """See whether a language model's teacher predicts as many tokens as the student, if predictions are compared.
+    """See whether a language model's teacher reads and predicts as many tokens as the student, if both are compared.
 
     Raises:
         RecipeError: it does not, or there is no such teacher.
@@ -118,7 +118,11 @@ def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
     compared = [name for name in recipe.objectives if OBJECTIVES[name].unit == "logit"]
     if not (recipe.teacher and compared):
         return
-    teachers = _from_pretrained(AutoConfig, recipe.teacher).get_text_config().vocab_size
+    config = _from_pretrained(AutoConfig, recipe.teacher).get_text_config()
+    positions = getattr(config, "max_position_embeddings", recipe.data.max_length)
+    if recipe.data.max_length > positions:
+        raise RecipeError(f"data.max_length {recipe.data.max_length} is more than the teacher's {positions} positions")
+    teachers = config.vocab_size
     if teachers != student_vocabulary:
         raise RecipeError(
             f"objectives: {compared[0]} compares predictions over one vocabulary, and the teacher's has {teachers} "

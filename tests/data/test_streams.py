@@ -159,3 +159,22 @@ def test_a_missing_split_is_cut_from_train_where_another_is_given(tmp_path):
 def test_subsets_of_the_tweets():
     splits = load_documents("tweets", train_size=20, validation_size=5, test_size=6)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 5, 6]
+
+
+def test_rows_without_text_are_left_out_of_documents(tmp_path):
+    path = tmp_path / "wiki.jsonl"
+    rows = ["", " = Heading = ", "one", "  ", "two"]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    assert read_documents(path) == [" = Heading = ", "one", "two"]
+    path.write_text(json.dumps({"text": "half \ud83d"}) + "\n")
+    with pytest.raises(DataError, match=r"wiki\.jsonl, line 1: the text has half of a surrogate pair"):
+        read_documents(path)
+
+
+def test_one_text_is_not_a_list(letters):
+    with pytest.raises(DataError, match="list of texts, got one text"):
+        make_stream("abc", letters)
+    with pytest.raises(DataError, match="list of texts, got one text"):
+        train_tokenizer("bpe", "abc", 300)
+    with pytest.raises(DataError, match=r"unknown tokenizer 'character'.*'characters'"):
+        train_tokenizer("character", ["abc"])

@@ -290,3 +290,10 @@ def test_prompts_that_are_refused():
         model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=4)
     with pytest.raises(ValueError, match="token id 120 is not in the vocabulary of 120"):
         model.generate(torch.tensor([[4, 120]]), max_new_tokens=4)
+
+
+def test_a_state_holds_nothing_of_the_text_but_itself():
+    model = registry.build("spikegpt_tiny")
+    cache = model(torch.randint(0, 120, (1, 300))).past_key_values
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for s in cache.states for x in s.values()}
+    assert sum(held.values()) == cache.nbytes

@@ -403,3 +403,32 @@ def test_attention_is_not_had_of_a_model_without(make_language, gpt2, tmp_path):
     )
     with pytest.raises(RecipeError, match="model_type 'spikegpt' has no attention; leave attention_mse out"):
         distill(str(recipe), output_dir=tmp_path / "out")
+
+
+def test_evaluation_puts_between_texts_what_training_did(speak, tmp_path, data_folder):
+    folder, _ = speak(data={"separator": "\n"})
+    file = tmp_path / "two.tsv"
+    file.write_text("text\nab\nba\n")
+    own = evaluate_checkpoint(str(folder), str(file))
+    assert own == evaluate_checkpoint(str(folder), str(file), separator="\n")
+    assert own["perplexity"] != evaluate_checkpoint(str(folder), str(file), separator="<|endoftext|>")["perplexity"]
+
+
+def test_a_teacher_that_reads_less_than_a_crop(make_language, gpt2, tmp_path):
+    changes = {"teacher": {"name": str(gpt2), "tune": "none"}, "tokenizer": None, "objectives": {"forward_kl": 1.0}}
+    with pytest.raises(RecipeError, match=r"data\.max_length 4096 is more than the teacher's"):
+        distill(str(make_language(**changes, data={"max_length": 4096})), output_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("start", [{}, {"init_from": "scratch"}], ids=["teacher", "scratch"])
+def test_a_causal_model_learns_from_an_encoder(recipe_content, tmp_path, start):
+    model = {"model_type": "spikegpt", "config": {"hidden_size": 32, "num_hidden_layers": 2, "v_threshold": 0.5}}
+    recipe = tmp_path / "causal.yaml"
+    objectives = {"forward_kl": 0.8, "cross_entropy": 0.2}
+    recipe.write_text(yaml.safe_dump(recipe_content | {"model": model | start, "objectives": objectives}))
+    if not start:
+        with pytest.raises(RecipeError, match="'spikegpt' has no layers like a teacher's to start from; use 'scratch'"):
+            distill(str(recipe), output_dir=tmp_path / "run")
+        return
+    assert distill(str(recipe), output_dir=tmp_path / "run")["student_accuracy"] > 0
+    assert predict(tmp_path / "run", ["anything"])[0]["label"]

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 def model_inputs(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """What of a batch this model is fed: not labels, not numbers of examples, token types only if it knows them."""
-    names = ["input_ids", "attention_mask"]
-    if "token_type_ids" in batch and "token_type_ids" in signature(type(model).forward).parameters:
-        names.append("token_type_ids")
-    return {name: batch[name] for name in names}
+    fed = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    if "token_type_ids" in fed and "token_type_ids" not in signature(type(model).forward).parameters:
+        del fed["token_type_ids"]
+    return fed
 
 
 def longest(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> int:

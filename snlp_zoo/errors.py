@@ -51,6 +51,10 @@ class EnergyError(SnlpError, ValueError):
     """An estimate or a figure cannot be made: nothing spikes, no price, spikes are none, a bad cost, no matplotlib."""
 
 
+class ConversionError(SnlpError, ValueError):
+    """A model cannot be made to spike as asked: no such layer, converted already, an option out of range."""
+
+
 class FoldError(SnlpError, ValueError):
     """An amplitude cannot be absorbed into weights exactly."""
 

@@ -31,6 +31,8 @@ MODELS_SHARE = [
     "models/checkpoint.py",
     "models/transfer.py",
     "models/cache.py",
+    "models/converted.py",
+    "models/converted_loading.py",
 ]  # besides these, a model knows only its own configuration
 
 # Third party -> the only files that import it.

@@ -22,6 +22,7 @@ from snlp_zoo.layers.coding import (
 from snlp_zoo.layers.folding import fold_amplitude
 from snlp_zoo.layers.neurons import ElasticBiSpike, IFNode, LIFNode, ParametricLIFNode, TernaryLIFNode, make_neuron
 from snlp_zoo.layers.quant import BitLinear, make_linear, pack
+from snlp_zoo.layers.spike_linear import SpikeLinear
 
 __all__ = [
     "ATTENTIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "ParametricLIFNode",
     "Poisson",
     "Signed",
+    "SpikeLinear",
     "SpikingLinear",
     "SpikingSelfAttention",
     "SpikingformerSelfAttention",

@@ -168,8 +168,9 @@ def int8_tables(module: nn.Module, filled: bool = True) -> None:
 def pack(model: AnyModule, int8_embeddings: bool = False) -> AnyModule:
     """Turn a trained model's low-bit weights into packed storage, in place; the model is then for inference only.
 
-    Outputs stay what they were, up to rounding. `config.packed` (and `config.int8_embeddings`) are set, so that
-    `save_pretrained` writes packed weights and `from_pretrained` and `snlp_zoo.load` read them.
+    Outputs stay what they were, up to rounding. `config.packed` (and `config.int8_embeddings`) are set, of a converted
+    model `config.quantization_config.packed`, so that `save_pretrained` writes packed weights and `from_pretrained`
+    and `snlp_zoo.load` read them.
 
     Args:
         model: with layers of 1.58 or 1 bits (weight_bits in its configuration).
@@ -177,13 +178,19 @@ def pack(model: AnyModule, int8_embeddings: bool = False) -> AnyModule:
     Returns:
         The model, in evaluation mode.
     Raises:
-        ValueError: no low-bit layers, packed already, or int8_embeddings where a head shares the table.
+        ValueError: no low-bit layers, packed already, or int8_embeddings of a converted model or where a head shares
+            the table.
     """
-    layers = [module for module in model.modules() if isinstance(module, BitLinear) and module.bits != 32]
+    layers = [module for module in model.modules() if isinstance(module, BitLinear) and module.bits in WEIGHT_BITS]
     if not layers:
         raise ValueError(f"pack: {type(model).__name__} has no low-bit layers; build it with weight_bits=1.58 or 1")
     if any(layer.packed for layer in layers):
         raise ValueError(f"pack: {type(model).__name__} is packed already")
+    conversion = getattr(getattr(model, "config", None), "quantization_config", None)
+    if int8_embeddings and conversion is not None:
+        raise ValueError(
+            f"pack: {type(model).__name__} is converted and keeps its embeddings; leave int8_embeddings out"
+        )
     if int8_embeddings and getattr(model, "get_output_embeddings", lambda: None)() is not None:
         raise ValueError(
             f"pack: the head of {type(model).__name__} shares the embedding table; leave int8_embeddings out"
@@ -192,6 +199,8 @@ def pack(model: AnyModule, int8_embeddings: bool = False) -> AnyModule:
         layer.pack()
     if int8_embeddings:
         int8_tables(model)
-    if (config := getattr(model, "config", None)) is not None:
+    if conversion is not None:
+        conversion.packed = True
+    elif (config := getattr(model, "config", None)) is not None:
         config.packed, config.int8_embeddings = True, int8_embeddings
     return model.eval()

@@ -26,6 +26,8 @@ _OTHERS = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int32:
 # What transformers would read in place of model.safetensors, or after it, from wherever it says.
 _FOREIGN = re.compile(r"adapter_config\.json|shard-\d+-model-\d+-of-\d+\.safetensors")
 
+_ELSEWHERE = ("_file", "_files")
+
 Fetch = Callable[[str], Path | None]  # file name -> the file, or None where there is none
 
 
@@ -231,10 +233,11 @@ def check_tokenizer(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
         if path.name == "tokenizer_config.json":
-            elsewhere = sorted(key for key, value in content.items() if value and _names_elsewhere(key))
-            if elsewhere:
-                raise CheckpointError(f"cannot load {path}: {elsewhere[0]!r} names a file or code elsewhere; remove it")
+            refuse_elsewhere(path, content)
 
 
-def _names_elsewhere(key: str) -> bool:
-    return key == "auto_map" or key.endswith(("_file", "_files"))
+def refuse_elsewhere(path: Path, content: dict[str, Any]) -> None:
+    """Raises CheckpointError for a key of a tokenizer's configuration that names a file or code elsewhere."""
+    elsewhere = sorted(k for k, value in content.items() if value and (k == "auto_map" or k.endswith(_ELSEWHERE)))
+    if elsewhere:
+        raise CheckpointError(f"cannot load {path}: {elsewhere[0]!r} names a file or code elsewhere; remove it")

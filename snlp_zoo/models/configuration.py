@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -16,6 +16,7 @@ from snlp_zoo.models.checkpoint import read_json
 from snlp_zoo.ops.backend import Backend
 from snlp_zoo.ops.bit_linear import WEIGHT_BITS
 
+AnyConfig = TypeVar("AnyConfig", bound=PreTrainedConfig)
 # No published encoder comes near these; a configuration file from elsewhere must not allocate without limit.
 _BOUNDS = {
     "vocab_size": (1, 2_000_000),
@@ -100,10 +101,7 @@ class SpikingConfig(PreTrainedConfig):
 
     def _refuse_unknown(self, others: dict[str, Any]) -> None:
         """Keys that are no fields, and values that would make transformers fetch code, run it, or fill the memory."""
-        for name in sorted(others.keys() - _BESIDE_FIELDS):
-            nearest = get_close_matches(name[:80], config_names(type(self)), n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{self.model_type} has no config field {name[:80]!r}{hint}")
+        check_names(type(self), others)
         if (theirs := others.get("model_type", self.model_type)) != self.model_type:
             raise ValueError(f"{self.model_type}: this is the configuration of a {theirs!r}")
         count = others.get("num_labels")
@@ -169,12 +167,22 @@ def config_names(config_class: Any) -> set[str]:
     return {field.name for field in fields(config_class)} | set(config_class.attribute_map) | _BESIDE_FIELDS
 
 
-def make_config(config_class: type[SpikingConfig], **values: Any) -> SpikingConfig:
-    """A configuration from keyword values.
+def check_names(config_class: Any, names: Iterable[str]) -> None:
+    """Raises ValueError for a name that a configuration cannot be given, with the nearest that it can."""
+    known = config_names(config_class)
+    for name in sorted(set(names) - known):
+        nearest = get_close_matches(name[:80], known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{config_class.model_type} has no config field {name[:80]!r}{hint}")
+
+
+def make_config(config_class: type[AnyConfig], **values: Any) -> AnyConfig:
+    """A configuration from keyword values, of this zoo or of transformers.
 
     Raises:
         ValueError: unknown name (with the nearest one), wrong type, or a value out of bounds.
     """
+    check_names(config_class, values)
     try:
         return config_class(**values)
     except StrictDataclassError as error:  # huggingface_hub's own, for a value of the wrong type

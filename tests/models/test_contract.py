@@ -34,7 +34,8 @@ def build(name, **overrides):
     return registry.build(entry, **(VARIANTS | CAUSAL_VARIANTS).get(variant, {}) | overrides)
 
 
-TINY = [name for name in registry.list_entries() if "_tiny" in name and load_entry(name).recipe is None]
+ENTRIES = {name: load_entry(name) for name in registry.list_entries() if "_tiny" in name}
+TINY = [name for name, entry in ENTRIES.items() if entry.recipe is None and entry.convert is None]
 TINY += [f"spikebert_tiny+{variant}" for variant in VARIANTS]
 TINY += [f"spikegpt_tiny+{variant}" for variant in CAUSAL_VARIANTS]
 TASKS = [(name, task) for name in TINY for task in model_classes()[load_entry(name).model_type] if task != "config"]

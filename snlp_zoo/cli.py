@@ -85,14 +85,13 @@ def info(entry: str, json_: JsonFlag = False) -> None:
     from snlp_zoo import registry
 
     found = registry.load_entry(entry)
-    config = registry.build_config(found.model_type, found.config)
     with torch.device("meta"):
-        parameters = registry.model_classes()[found.model_type][found.task](config).num_parameters()
+        parameters = registry.build(entry).num_parameters()
     result = {"name": entry, "parameters": parameters, **found.model_dump()}
     table = _table(entry, "field", "value")
     for key in ("description", "model_type", "task", "parameters", "recipe"):
         table.add_row(key, str(result[key]))
-    for key, value in {**found.config, **found.source}.items():
+    for key, value in {**found.config, **(found.convert or {}), **found.source}.items():
         table.add_row(key, str(value))
     for row in found.results:
         table.add_row("result", ", ".join(f"{k} {v}" for k, v in row.items()))
@@ -132,10 +131,13 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     parameters = {"teacher": "teacher_parameters", "student": "parameters"}
     cells: dict[str, dict[str, str]] = {
         "parameters": {who: f"{summary[key]:,}" for who, key in parameters.items() if key in summary},
-        "time steps": {"student": str(summary["time_steps"])},
     }
-    if "firing_rate" in summary:
-        cells["firing rate"] = {"student": _shown("firing_rate", summary["firing_rate"])}
+    for key in ("time_steps", "max_count", "threshold_scale"):
+        if summary.get(key) is not None:
+            cells[key.replace("_", " ")] = {"student": f"{summary[key]:g}"}
+    for key in ("firing_rate", "zero_share", "spikes_per_value"):
+        if key in summary:
+            cells[key.replace("_", " ")] = {"student": _shown(key, summary[key])}
     for name, shown in cells.items():
         table.add_row(name, *(shown.get(who, "-") for who in people))
     for stage in summary.get("stages", [])[:-1]:  # the last one's scores are above
@@ -148,9 +150,12 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+_NO_SHARES = ("perplexity", "bits_per_byte", "bits_per_character", "spikes_per_value")
+
+
 def _shown(metric: str, value: float) -> str:
     """Shares as per cent; losses, distances and bits have no hundred."""
-    whole = metric.endswith(("loss", "mse")) or metric in ("perplexity", "bits_per_byte", "bits_per_character")
+    whole = metric.endswith(("loss", "mse")) or metric in _NO_SHARES
     return f"{value:.4f}" if whole else f"{100 * value:.1f} %"
 
 
@@ -164,6 +169,7 @@ def evaluate(
     text_pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
     label: Annotated[str, typer.Option(help="Column of the label.")] = "label",
     separator: Annotated[str | None, typer.Option(help="Stands after each text of a language model.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens a language model reads at once.")] = None,
     revision: RevisionOption = None,
     verify: VerifyFlag = False,
     json_: JsonFlag = False,
@@ -173,7 +179,7 @@ def evaluate(
     from snlp_zoo.train.run import evaluate_checkpoint
 
     columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "separator": separator}
-    scores = evaluate_checkpoint(path_or_entry, data, **columns, revision=revision, verify=verify)
+    scores = evaluate_checkpoint(path_or_entry, data, **columns, window=window, revision=revision, verify=verify)
     table = _table(scores["path"], "metric", "value", numbers=True)
     for key, value in scores.items():
         if key != "path":

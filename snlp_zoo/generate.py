@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from snlp_zoo import hub, registry
 from snlp_zoo.errors import CheckpointError, DataError
+from snlp_zoo.models.converted import is_converted
 
 
 class _Pieces(TextStreamer):
@@ -58,7 +59,7 @@ def generate(
     if registry.task_of(model) != "causal-lm":
         raise CheckpointError(f"{folder} holds a {type(model).__name__}, which writes no text; use one for causal-lm")
     tokenizer = registry.load_tokenizer(folder)
-    ids = _prompt_ids(tokenizer, prompt, model.config.vocab_size, folder)
+    ids = _prompt_ids(tokenizer, prompt, model, folder)
     heat = (0.0 if num_beams > 1 else 1.0) if temperature is None else temperature
     drawing = {"temperature": float(heat), "top_p": float(top_p), "top_k": 0} if heat else {}
     end = tokenizer.eos_token_id
@@ -95,9 +96,10 @@ def _check(max_new_tokens: int, temperature: float | None, top_p: float, num_bea
         )
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, vocab_size: int, folder: Path) -> torch.Tensor:
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, model: Any, folder: Path) -> torch.Tensor:
     """[1, N]"""
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].long()  # as in training
+    special, vocab_size = is_converted(model), model.config.vocab_size  # as in training, ours and others'
+    ids = tokenizer(prompt, add_special_tokens=special, return_tensors="pt")["input_ids"].long()
     if not ids.numel():
         raise DataError(f"generate: the prompt {prompt!r} has no tokens; give it at least one word")
     if int(ids.max()) >= vocab_size:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from snlp_zoo import hub, registry
 from snlp_zoo.data.batches import longest, model_inputs
 from snlp_zoo.errors import DataError
+from snlp_zoo.layers.spike_statistics import SpikeCounts, spikes_counted
+from snlp_zoo.models.converted import is_converted
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +27,8 @@ def predict(
         revision, verify: as `snlp_zoo.load`.
     Returns:
         One mapping per text: text, label, score (probability of the label, or the predicted number for regression),
-        firing_rate (share of neurons that fired, over sites and steps), truncated (whether the text was cut).
+        firing_rate (share of neurons that fired, over sites and steps; of a converted model share of the inputs of its
+        layers that have a spike), truncated (whether the text was cut).
     Raises:
         CheckpointError: no such model, or it is damaged.
         DataError: an empty text.
@@ -36,24 +40,33 @@ def predict(
     model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)
     limit = longest(tokenizer, model.config)
+    names = [name for _, name in sorted((model.config.id2label or {}).items())]
     predictions = []
     for number, text in enumerate(texts, start=1):
         length = len(tokenizer(text, verbose=False)["input_ids"])
         if length > limit:
             logger.warning("text %d has %d tokens and was cut at %d", number, length, limit)
         inputs = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
-        output = model(**model_inputs(inputs, model), output_spike_rates=True)
-        logits = output.logits[0]
+        logits, rate = _forward(model, model_inputs(inputs, model))
         best = int(logits.argmax())
         score = (logits if len(logits) == 1 else logits.softmax(-1))[best].item()
-        rate = output.firing_rate.item()
         predictions.append(
             {
                 "text": text,
-                "label": model.config.label_names[best],
+                "label": names[best],
                 "score": score,
                 "firing_rate": rate,
                 "truncated": length > limit,
             }
         )
     return predictions
+
+
+def _forward(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Logits [classes] and firing rate of one text."""
+    if not is_converted(model):
+        output = model(**inputs, output_spike_rates=True)
+        return output.logits[0], output.firing_rate.item()
+    with spikes_counted(model) as counted:
+        logits = model(**inputs).logits[0]
+    return logits, 1 - sum(counted.values(), SpikeCounts()).zero_share

@@ -1,6 +1,7 @@
 """Finds models and zoo entries by file name. Adding a model or an entry is adding files; there is no list to edit.
 
-models/configuration_x.py + models/modeling_x.py are a model, zoo_configs/x.yaml is an entry.
+models/configuration_x.py + models/modeling_x.py are a model, zoo_configs/x.yaml is an entry. An entry with `convert:`
+is a model of transformers, made to spike: `family` knows both kinds.
 """
 
 import pkgutil
@@ -10,11 +11,13 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+import transformers
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -29,6 +32,8 @@ from snlp_zoo import models
 from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.models.checkpoint import architecture, check_tokenizer, read_json
 from snlp_zoo.models.configuration import SpikingConfig, make_config
+from snlp_zoo.models.converted import SpikingConversionConfig, convert_in_place
+from snlp_zoo.models.converted_loading import is_conversion, load_converted
 
 Task = Literal["sequence-classification", "masked-lm", "causal-lm", "encoder"]
 # task -> (ending of the class name, transformers' Auto class, the Hub's pipeline tag)
@@ -38,10 +43,21 @@ TASKS: dict[str, tuple[str, Any, str]] = {
     "causal-lm": ("ForCausalLM", AutoModelForCausalLM, "text-generation"),
     "encoder": ("Model", AutoModel, "feature-extraction"),
 }
+_MAPPINGS = {  # task -> transformers' configuration class -> model class
+    "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING",
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "encoder": "MODEL_MAPPING",
+}
+_OF_FILES = {"packed", "salient", "quant_method"}  # of SpikingConversionConfig: what saved weights are, not a choice
 
 
 class Entry(BaseModel):
-    """One zoo entry: the data of zoo_configs/<name>.yaml."""
+    """One zoo entry: the data of zoo_configs/<name>.yaml.
+
+    convert: arguments of `convert.to_spiking`, of a model of transformers, whose model_type and config are then meant.
+    source: paper, code, and, where convert is given, weights: what `snlp-zoo convert` starts from.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,6 +68,34 @@ class Entry(BaseModel):
     recipe: str | None = None
     source: dict[str, str] = {}
     results: list[dict[str, Any]] = []
+    convert: dict[str, Any] | None = None
+
+    @field_validator("convert")
+    @classmethod
+    def _check_convert(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
+        if options is not None:
+            conversion(options)
+        return options
+
+
+def conversion(options: dict[str, Any]) -> SpikingConversionConfig:
+    """What `convert:` in an entry or recipe says.
+
+    Raises:
+        RecipeError: an argument that `convert.to_spiking` lacks (with the nearest), of another type, or out of range.
+    """
+    hints = get_type_hints(SpikingConversionConfig.__init__)
+    known = [name for name in hints if name not in {*_OF_FILES, "return"}]
+    try:
+        for name, value in options.items():
+            if name not in known:
+                raise unknown("option of to_spiking", name, known)
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+        return SpikingConversionConfig(**options)
+    except ValidationError as error:
+        raise RecipeError(f"{name}: {error.errors()[0]['msg']} (got {value!r})") from error
+    except ValueError as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
 
 
 def zoo_folder() -> Path:
@@ -77,6 +121,21 @@ def model_classes() -> dict[str, dict[str, Any]]:
     return found
 
 
+def family(model_type: str) -> dict[str, Any]:
+    """{"config": class, task: class, ...} of a model of this zoo or of transformers.
+
+    Raises:
+        RecipeError: neither has it.
+    """
+    if model_type in model_classes():
+        return model_classes()[model_type]
+    if model_type not in CONFIG_MAPPING:
+        raise unknown("model_type", model_type, [*model_classes(), *CONFIG_MAPPING])
+    config = CONFIG_MAPPING[model_type]
+    found = {task: getattr(transformers, mapping).get(config, None) for task, mapping in _MAPPINGS.items()}
+    return {"config": config} | {task: c[0] if isinstance(c, tuple) else c for task, c in found.items() if c}
+
+
 def _defined_in(module: Any) -> list[type]:
     return [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
 
@@ -91,8 +150,10 @@ def register() -> None:
 
 
 def task_of(model: Any) -> str:
-    """The task of a model or class, of this zoo or of transformers: "encoder" where it has none of the heads."""
-    name = (model if isinstance(model, type) else type(model)).__name__
+    """The task of a model, class or class name, of this zoo or of transformers; "encoder" where it has no such head."""
+    name = model if isinstance(model, str) else (model if isinstance(model, type) else type(model)).__name__
+    if name.endswith("LMHeadModel"):  # GPT-2's
+        return "causal-lm"
     return next((task for task, (ending, *_) in TASKS.items() if name.endswith(ending)), "encoder")
 
 
@@ -169,7 +230,7 @@ def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     schema = model.model_json_schema()
     node: dict[str, Any] = schema
     for part in path:
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
         options = [node, *node.get("anyOf", []), *node.get("allOf", [])]
         reference = next((option["$ref"] for option in options if "$ref" in option), None)
         node = schema["$defs"][reference.rsplit("/", 1)[-1]] if reference else node
@@ -180,7 +241,8 @@ def load_entry(name: str, path: Path | None = None) -> Entry:
     """The zoo entry called `name` (or the one in the file `path`).
 
     Raises:
-        RecipeError: unknown entry (with the nearest names), unknown key, or unknown model_type.
+        RecipeError: unknown entry (with the nearest names), unknown key, unknown model_type, or one that `convert`
+            cannot be about.
     """
     if path is None and name not in list_entries():
         raise unknown("zoo entry", name, list_entries())
@@ -189,25 +251,38 @@ def load_entry(name: str, path: Path | None = None) -> Entry:
         entry = Entry.model_validate(read_yaml(path))
     except ValidationError as error:
         raise explain_validation(str(path.name), error, Entry) from error
-    if entry.model_type not in model_classes():
-        raise unknown("model_type", entry.model_type, list(model_classes()))
+    check_model_type(entry.model_type, entry.convert)
     return entry
 
 
-def build_config(model_type: str, values: dict[str, Any]) -> SpikingConfig:
-    """A checked configuration of a family.
+def check_model_type(model_type: str, convert: dict[str, Any] | None) -> None:
+    """Raises RecipeError for an unknown model_type, a dense one without `convert`, or one of this zoo with it."""
+    ours = model_type in model_classes()
+    if convert is None and not ours:
+        if model_type in CONFIG_MAPPING:
+            raise RecipeError(f"model_type {model_type!r} is dense; add 'convert: {{}}' to make it spike")
+        raise unknown("model_type", model_type, list(model_classes()))
+    if convert is not None and ours:
+        raise RecipeError(f"model_type {model_type!r} spikes already; leave 'convert' out")
+    family(model_type)
+
+
+def build_config(model_type: str, values: dict[str, Any]) -> Any:
+    """A checked configuration of a family, of this zoo or of transformers.
 
     Raises:
         RecipeError: unknown field (with the nearest), wrong type, or value out of bounds.
     """
     try:
-        return make_config(model_classes()[model_type]["config"], **values)
+        return make_config(family(model_type)["config"], **values)
+    except RecipeError:
+        raise
     except (ValueError, TypeError) as error:
         raise RecipeError(f"config: {' '.join(str(error).split())}") from error
 
 
 def build(entry: str, *, task: Task | None = None, **overrides: Any) -> PreTrainedModel:
-    """A freshly initialised model of a zoo entry, in evaluation mode.
+    """A freshly initialised model of a zoo entry, in evaluation mode; converted, where the entry says so.
 
     Args:
         entry: name of a zoo entry, see `list_entries`.
@@ -217,11 +292,14 @@ def build(entry: str, *, task: Task | None = None, **overrides: Any) -> PreTrain
         RecipeError: unknown entry, field or task.
     """
     found = load_entry(entry)
-    classes = model_classes()[found.model_type]
+    classes = family(found.model_type)
     task = task or found.task
     if task not in classes or task == "config":
         raise unknown("task", task, [name for name in classes if name != "config"])
-    return classes[task](build_config(found.model_type, found.config | overrides)).eval()
+    model = classes[task](build_config(found.model_type, found.config | overrides))
+    if found.convert is not None:
+        convert_in_place(model, conversion(found.convert))
+    return model.eval()
 
 
 def load(path_or_entry: str | Path, **options: Any) -> PreTrainedModel:
@@ -240,9 +318,11 @@ def load(path_or_entry: str | Path, **options: Any) -> PreTrainedModel:
     name = architecture(content)
     classes = model_classes().get(str(content.get("model_type")), {})
     model_class = next((c for c in classes.values() if c.__name__ == name), None)
-    if model_class is None:
-        raise CheckpointError(f"{folder} holds a {name}, not a model of this zoo")
+    if model_class is None and not is_conversion(content):
+        raise CheckpointError(f"{folder} holds a {name}, not a model of this zoo; 'snlp-zoo convert' makes it spike")
     try:
+        if model_class is None:
+            return load_converted(folder, **options)
         loaded = model_class.from_pretrained(folder, **options)
     except CheckpointError:
         raise
@@ -300,6 +380,8 @@ def find_checkpoint(path_or_entry: str | Path) -> Path:
         entry = load_entry(name)
         command = "train" if entry.task == "causal-lm" else "distill"
         train = f"train it with 'snlp-zoo {command} {name}' or " if entry.recipe else ""
+        if "weights" in entry.source:
+            train = f"make it with 'snlp-zoo convert {name}' or "
         raise CheckpointError(
             f"{name} has no trained checkpoint in runs/{name}; {train}use snlp_zoo.build({name!r}) for fresh weights"
         )

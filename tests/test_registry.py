@@ -9,11 +9,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    LlamaForSequenceClassification,
 )
 
 from snlp_zoo import registry
 from snlp_zoo.errors import CheckpointError, RecipeError
+from snlp_zoo.layers import SpikeLinear
 from snlp_zoo.models.configuration import SpikingConfig
+from snlp_zoo.models.converted import spike_layers
 
 
 @pytest.fixture
@@ -40,11 +43,22 @@ def test_every_entry_is_valid(name):
     entry = registry.load_entry(name)
     config = registry.build_config(entry.model_type, entry.config)
     assert config.model_type == entry.model_type
-    assert entry.task in registry.model_classes()[entry.model_type]
+    assert entry.task in registry.family(entry.model_type)
     assert entry.source["paper"].startswith("arXiv:")
     assert len((registry.zoo_folder() / f"{name}.yaml").read_text().splitlines()) <= 40
     text = (registry.zoo_folder() / f"{name}.yaml").read_text()
     assert yaml.safe_load(text).keys() <= registry.Entry.model_fields.keys()
+
+
+def test_an_entry_that_is_converted():
+    model = registry.build("spiking_llama_tiny", task="sequence-classification", num_labels=3, hidden_size=16)
+    assert type(model) is LlamaForSequenceClassification
+    assert (model.config.hidden_size, model.score.out_features, model.training) == (16, 3, False)
+    assert len(spike_layers(model)) == 14
+    assert model.config.quantization_config.code == "bitwise"
+    mixer = registry.build("spiking_mamba_tiny").backbone.layers[0].mixer
+    kinds = [type(layer) for layer in (mixer.in_proj, mixer.out_proj, mixer.x_proj, mixer.dt_proj)]
+    assert kinds == [SpikeLinear, SpikeLinear, torch.nn.Linear, torch.nn.Linear]
 
 
 @pytest.mark.parametrize("name", registry.list_entries())
@@ -103,6 +117,9 @@ def test_build_takes_task_and_overrides():
         ("spikelm_tiny", {"time_steps": "four"}, "time_steps"),
         ("spikelm_tiny", {"time_steps": 2.5}, "time_steps"),
         ("spikelm_tiny", {"time_steps": True}, "time_steps"),
+        ("spiking_llama_tiny", {"hiden_size": 8}, "llama has no config field 'hiden_size'; did you mean 'hidden_size'"),
+        ("spiking_llama_tiny", {"hidden_size": "a"}, "hidden_size"),
+        ("spiking_llama_tiny", {"task": "masked-lm"}, "unknown task 'masked-lm'"),
     ],
 )
 def test_build_errors(arguments, options, message):
@@ -119,6 +136,17 @@ def test_build_errors(arguments, options, message):
         ("model_type: spikelm\nconfig: 3", r"config: .*\(got 3\)"),
         ("model_type: spikelm\nconfig: {}\ntask: translate", "task: .*'sequence-classification'"),
         ("model_type: spikelmm\nconfig: {}", "unknown model_type 'spikelmm'; did you mean spikelm"),
+        ("model_type: llama\nconfig: {}", "model_type 'llama' is dense; add 'convert: {}' to make it spike"),
+        ("model_type: spikelm\nconfig: {}\nconvert: {}", "model_type 'spikelm' spikes already; leave 'convert' out"),
+        ("model_type: lama\nconfig: {}\nconvert: {}", "unknown model_type 'lama'; did you mean llama"),
+        ("model_type: llama\nconfig: {}\nconvert: {cod: gif}", "convert: unknown option of to_spiking 'cod'; .* code"),
+        ("model_type: llama\nconfig: {}\nconvert: {salient: true}", "convert: unknown option of to_spiking 'salient'"),
+        ("model_type: llama\nconfig: {}\nconvert: {max_count: 0}", "convert: max_count must be at least 1"),
+        ("model_type: llama\nconfig: {}\nconvert: {max_count: a}", r"convert: max_count: .*integer \(got 'a'\)"),
+        (
+            "model_type: llama\nconfig: {}\nconvert: {threshold_scale: .nan}",
+            "convert: threshold_scale must be positive",
+        ),
         ("- a\n- b", "must hold 'key: value' lines at the top, found list"),
         ("", "found NoneType"),
         ("model_type: [", "is not valid YAML"),
@@ -233,3 +261,8 @@ def test_a_config_from_elsewhere_cannot_ask_for_the_moon(saved):
     config.write_text(config.read_text().replace('"time_steps": 4', '"time_steps": 400000000'))
     with pytest.raises(CheckpointError, match="time_steps must be between 1 and 1024"):
         registry.load(run)
+
+
+def test_what_a_conversion_returns_is_no_option():
+    with pytest.raises(RecipeError, match="unknown option of to_spiking 'return'"):
+        registry.conversion({"return": None})

@@ -14,6 +14,7 @@ from snlp_zoo.data.files import suffix
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.hub.client import RESULTS, digest
 from snlp_zoo.models.checkpoint import read_json
+from snlp_zoo.models.converted import is_converted, linear_layers, parameter_count, spike_layers
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,17 @@ def _head(run: Run, model: PreTrainedModel, repo_id: str) -> str:
     name = run.recipe.get("name", run.folder.parent.name)
     entry = registry.load_entry(name) if name in registry.list_entries() else None
     sentences = [entry.description] if entry and entry.description else []
-    sentences.append(f"A spiking language model ({model.config.model_type}) of snlp_zoo.")
+    converted = is_converted(model)
+    of = "of transformers, converted by snlp_zoo" if converted else "of snlp_zoo"
+    sentences.append(f"A spiking language model ({model.config.model_type}) {of}.")
     if teacher := run.teacher[0]:
         sentences.append(f"Distilled from {teacher} on {run.dataset[0]}.")
     elif run.recipe:
         sentences.append(f"Trained on {run.dataset[0]}.")
     if entry and "paper" in entry.source:
-        sentences.append(f"Architecture: {entry.source['paper']}.")
+        sentences.append(f"{'Conversion' if converted else 'Architecture'}: {entry.source['paper']}.")
+    if entry and "model" in entry.source:
+        sentences.append(f"Dense model: {entry.source['model']}.")
     return f"# {repo_id.partition('/')[2]}\n\n" + " ".join(sentences)
 
 
@@ -163,11 +168,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 
 
 def _table_of_facts(run: Run, model: PreTrainedModel) -> str:
-    facts = {
-        "parameters": f"{model.num_parameters():,}",
-        "time steps T": str(model.config.time_steps),
-        "bits of the encoder's linear weights": str(model.config.weight_bits),
-    }
+    facts = {"parameters": f"{parameter_count(model):,}"} | _spiking_facts(model)
     if "firing_rate" in run.summary:
         facts["firing rate"] = f"{100 * run.summary['firing_rate']:.1f} %"
     for metric, value in run.scores.items():
@@ -176,6 +177,21 @@ def _table_of_facts(run: Run, model: PreTrainedModel) -> str:
         compared.insert(0, f"student {value:.4f}")
         facts[f"{metric.replace('_', ' ')}, {run.split}"] = ", ".join(compared)
     return _table("## The model", "what", "value", facts)
+
+
+def _spiking_facts(model: PreTrainedModel) -> dict[str, str]:
+    conversion = getattr(model.config, "quantization_config", None)
+    if conversion is None:
+        steps, bits = model.config.time_steps, model.config.weight_bits
+        return {"time steps T": str(steps), "bits of the encoder's linear weights": str(bits)}
+    layers = spike_layers(model)
+    return {
+        "linear layers with spikes as inputs": f"{len(layers)}, {len(linear_layers(model))} are dense",
+        "threshold": f"mean of a token's inputs / {conversion.threshold_scale:g}",
+        "code of the spikes": conversion.code,
+        "largest count of spikes": str(conversion.max_count or "none"),
+        "bits of these layers' weights": f"{conversion.weight_bits:g}",
+    }
 
 
 def _checksums(run: Run) -> str:

@@ -44,7 +44,9 @@ def _check_logits(student: Outputs, teacher: Outputs) -> None:
 
 def _log_probabilities(student: Outputs, teacher: Outputs, temperature: float) -> tuple[Tensor, Tensor]:
     _check_logits(student, teacher)
-    logits = student.logits.float() / temperature, teacher.logits.float() / temperature
+    logits = student.logits.float(), teacher.logits.float()
+    if temperature != 1:  # of a whole vocabulary every copy counts
+        logits = logits[0] / temperature, logits[1] / temperature
     return logits[0].log_softmax(-1), logits[1].log_softmax(-1)
 
 

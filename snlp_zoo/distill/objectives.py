@@ -62,6 +62,13 @@ def hidden_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch)
     return _over_layers(_squares, student_outputs, teacher_outputs, batch)
 
 
+def relative_hidden_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
+    """`hidden_mse` where each token's is divided by the mean square of the teacher's state: no layer and no token
+    outweighs the others. In language models some states are hundreds of times as large as the rest.
+    """
+    return _over_layers(_relative_squares, student_outputs, teacher_outputs, batch)
+
+
 def cosine(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
     """1 - cosine of the hidden states, matched and averaged as in `hidden_mse`; 1 where a state is all zeros."""
     return _over_layers(_angles, student_outputs, teacher_outputs, batch)
@@ -77,6 +84,11 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # states [B, N, D] of student and
 
 def _squares(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean(-1)
+
+
+def _relative_squares(student: Tensor, teacher: Tensor) -> Tensor:
+    # a smaller floor overflows where the teacher's state is 0, and a masked token's infinity is no longer masked
+    return _squares(student, teacher) / teacher.square().mean(-1).clamp_min(torch.finfo(torch.float32).eps)
 
 
 def _angles(student: Tensor, teacher: Tensor) -> Tensor:
@@ -191,6 +203,7 @@ OBJECTIVES: dict[str, Objective] = {
     "cross_entropy": Objective(cross_entropy, "label", needs_teacher=False),
     "l2wrap": Objective(l2wrap, "label", needs_teacher=False),
     "hidden_mse": Objective(hidden_mse, "token", ("hidden_states",)),
+    "relative_hidden_mse": Objective(relative_hidden_mse, "token", ("hidden_states",)),
     "cosine": Objective(cosine, "token", ("hidden_states",)),
     "embedding_mse": Objective(embedding_mse, "token", ("hidden_states",)),
     "embedding_table_mse": Objective(embedding_table_mse, "text", ("embedding_table",)),

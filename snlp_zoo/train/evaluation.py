@@ -2,6 +2,8 @@
 encoder by its distance from the teacher.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, tqdm
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -17,8 +19,10 @@ from snlp_zoo.data.batches import model_inputs
 from snlp_zoo.data.streams import Crops, Stream
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.layers.firing import effective_domain_recorded
+from snlp_zoo.layers.spike_statistics import SpikeCounts, spikes_counted
 from snlp_zoo.layers.watching import evaluating
 from snlp_zoo.models.configuration import SpikingConfig
+from snlp_zoo.models.converted import is_converted
 from snlp_zoo.train.metrics import score, score_language
 
 SAMPLE = 8  # texts on which neurons are looked at
@@ -26,13 +30,18 @@ STRIDE = 512  # tokens read at once where a state is carried on: it changes memo
 
 
 def spikes(model: PreTrainedModel) -> bool:
-    """Whether a model has neurons: a teacher does not, nor a student whose neurons are switched off."""
+    """Whether a model gives firing rates: a teacher does not, nor a student whose neurons are switched off, nor a
+    converted model, whose spikes are counted (`_counted`).
+    """
     return isinstance(model.config, SpikingConfig) and getattr(model.config, "spiking", True)
 
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoader, label: str) -> dict[str, float]:
     """Scores of a model over a loader of global batches, and its firing rate if it spikes. Equal on every rank.
+
+    Of a converted model the rate is 1 - zero_share, which stands beside it, as spikes_per_value does: both are counted
+    on one batch, from the middle.
 
     Args:
         model: unwrapped, a classifier, or a language model where the loader gives crops of a stream; its training mode
@@ -44,10 +53,12 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
     asked = {"output_spike_rates": True} if spikes(model) else {}
     rows: list[tuple[int, np.ndarray, Any]] = []  # example number, logits, label
     fired: list[tuple[float, int]] = []  # firing rate and tokens of a batch
+    counts: list[SpikeCounts] = []
     with evaluating(model):
-        for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
+        for number, whole in enumerate(tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None)):
             batch = own_rows(accelerator, whole)
-            output = model(**model_inputs(never_empty(batch, whole), model), **asked)
+            with _counted(model, counts, when=number == (len(loader) - 1) // 2):
+                output = model(**model_inputs(never_empty(batch, whole), model), **asked)
             if len(batch["index"]):
                 columns = (batch["index"].tolist(), output.logits.float().cpu().numpy(), batch["labels"].cpu().numpy())
                 rows += zip(*columns, strict=True)
@@ -58,7 +69,7 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
     if asked:
         fired = gather_object(fired)
         scores["firing_rate"] = sum(rate * tokens for rate, tokens in fired) / sum(tokens for _, tokens in fired)
-    return scores
+    return scores | _shares(counts)
 
 
 def _evaluate_language(
@@ -68,17 +79,42 @@ def _evaluate_language(
     asked = {"output_spike_rates": True} if spikes(model) else {}
     rows: list[tuple[int, float]] = []  # where a crop starts, its nats
     fired: list[float] = []  # firing rate times tokens of a batch
+    counts: list[SpikeCounts] = []
     with evaluating(model):
-        for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
+        for number, whole in enumerate(tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None)):
             batch = own_rows(accelerator, whole)
-            output = model(**model_inputs(never_empty(batch, whole), model), use_cache=False, **asked)
+            with _counted(model, counts, when=number == (len(loader) - 1) // 2):
+                output = model(**model_inputs(never_empty(batch, whole), model), use_cache=False, **asked)
             if len(batch["index"]):
                 rows += zip(batch["index"].tolist(), _nats(output.logits, batch["labels"]).tolist(), strict=True)
                 if asked:
                     fired.append(float(output.firing_rate) * int(batch["attention_mask"].sum()))
     nats = sum(value for _, value in sorted(gather_object(rows)))  # in one order, whatever the batches
     scores = score_language(nats, len(stream), stream.utf8_bytes, stream.characters)
-    return scores | ({"firing_rate": sum(gather_object(fired)) / len(stream)} if asked else {})
+    return scores | ({"firing_rate": sum(gather_object(fired)) / len(stream)} if asked else {}) | _shares(counts)
+
+
+@contextmanager
+def _counted(model: nn.Module, counts: list[SpikeCounts], when: bool) -> Iterator[None]:
+    """Add the spikes of a converted model's layers to `counts`, if it is time to: counting takes long."""
+    if not (when and is_converted(model)):
+        yield
+        return
+    with spikes_counted(model) as found:
+        yield
+    counts.append(sum(found.values(), SpikeCounts()))
+
+
+def _shares(counts: list[SpikeCounts]) -> dict[str, float]:
+    """What the counts of all processes say; nothing where nothing was counted."""
+    if not (counts := gather_object(counts)):
+        return {}
+    total = sum(counts, SpikeCounts())
+    return {
+        "firing_rate": 1 - total.zero_share,
+        "zero_share": total.zero_share,
+        "spikes_per_value": total.spikes_per_value,
+    }
 
 
 @torch.no_grad()
@@ -116,18 +152,22 @@ def evaluate_losses(
         firing_rate. Equal on every rank.
     """
     sums: list[tuple[Tensor, Tensor, float, int]] = []  # losses times units, units, firing rate times tokens, tokens
+    asked = {"output_spike_rates": True} if spikes(distiller.student) else {}
+    counts: list[SpikeCounts] = []
     with evaluating(distiller):
-        for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
+        for number, whole in enumerate(tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None)):
             batch = own_rows(accelerator, whole)
-            losses, rate = distiller.losses_and_rate(never_empty(batch, whole), output_spike_rates=True)
+            with _counted(distiller.student, counts, when=number == (len(loader) - 1) // 2):
+                losses, rate = distiller.losses_and_rate(never_empty(batch, whole), **asked)
             if len(batch["index"]):
                 units, tokens = distiller.counts(batch).double(), int(batch["attention_mask"].sum())
-                sums.append(((losses.double() * units).cpu(), units.cpu(), float(rate) * tokens, tokens))
+                fired = float(rate) * tokens if asked else 0.0
+                sums.append(((losses.double() * units).cpu(), units.cpu(), fired, tokens))
     losses, units, fired, tokens = (sum(column) for column in zip(*gather_object(sums), strict=True))
     means = (losses / units.clamp_min(1)).tolist()
     negative = -sum(weight * mean for weight, mean in zip(weights, means, strict=True))
     terms = dict(zip(distiller.objectives, means, strict=True))
-    return {"negative_loss": negative, **terms, "firing_rate": fired / tokens}
+    return {"negative_loss": negative, **terms, "firing_rate": fired / tokens} | _shares(counts)
 
 
 def own_rows(accelerator: Accelerator, batch: dict[str, Tensor]) -> dict[str, Tensor]:

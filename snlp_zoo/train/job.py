@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -67,6 +68,10 @@ class Job:
     def evaluation_loader(self, split: Tokenised | Stream, settings: TrainPart) -> DataLoader:
         """Global batches of a split, every example or token once."""
         return self._loader(split, settings.eval_batch_size * self.accelerator.num_processes, shuffle=False)
+
+    def some_texts(self, number: int) -> dict[str, Tensor]:
+        """A batch of training texts, or crops of them, the same every time."""
+        return next(iter(self._loader(self.data.train, number, seed=self.recipe.data.seed, shuffle=True)))
 
     def _loader(self, split: Tokenised | Stream, batch_size: int, *, seed: int = 0, shuffle: bool) -> DataLoader:
         if isinstance(split, Stream):

@@ -34,6 +34,7 @@ from transformers import get_scheduler
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.errors import CheckpointError, DataError, Interrupted, RecipeError
 from snlp_zoo.layers.neurons import set_surrogate_temperature
+from snlp_zoo.models.converted import set_window
 from snlp_zoo.registry import task_of
 from snlp_zoo.train.checkpoints import Checkpoints
 from snlp_zoo.train.evaluation import (
@@ -48,7 +49,7 @@ from snlp_zoo.train.evaluation import (
 )
 from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
 from snlp_zoo.train.firing import FiringWatch
-from snlp_zoo.train.parts import TrainPart
+from snlp_zoo.train.parts import TrainPart, warn_of_unreached_windows, window_number
 from snlp_zoo.train.processes import StopSignals
 from snlp_zoo.train.schedules import Schedule, value_at
 
@@ -139,8 +140,9 @@ class Trainer:
         self.weights = torch.zeros(len(weights), device=accelerator.device)  # of the step in progress
         self.scheduled = [settings.surrogate_temperature, *weights.values()]
         self.values: list[float] = []  # of all that is scheduled, at the step in progress
+        self.window: int | None = None  # of `settings.window`, at the step in progress
         per_epoch = -(-len(self.loader) // settings.gradient_accumulation_steps)
-        self.planned = planned = per_epoch * settings.epochs
+        self.planned = planned = settings.steps or per_epoch * settings.epochs
         self.total_steps = min(settings.max_steps or planned, planned)
         self.eval_steps, self.save_steps = settings.eval_steps or per_epoch, settings.save_steps or per_epoch
         warmup = round(settings.warmup_ratio * planned)
@@ -154,6 +156,7 @@ class Trainer:
         Raises:
             Interrupted: told to stop by SIGTERM or SIGUSR1; a checkpoint is saved.
         """
+        warn_of_unreached_windows(self.settings.window, self._share(self.total_steps - 1))
         with self.stop, self._tracked():
             return self._run(resume, label)
 
@@ -164,7 +167,7 @@ class Trainer:
             accelerator.log_with = [self.settings.tracker]
             accelerator.project_configuration.logging_dir = str(self.folder)
             values = self.settings.model_dump().items()  # trackers take no pairs and no schedules
-            settings = {name: str(v) if isinstance(v, tuple | dict) else v for name, v in values}
+            settings = {name: str(v) if isinstance(v, tuple | dict | list) else v for name, v in values}
             accelerator.init_trackers(self.folder.name, settings)
         try:
             yield
@@ -218,14 +221,27 @@ class Trainer:
         return means
 
     def _follow_schedules(self) -> None:
-        """Weights and temperature of this step; set where they change only, a compiled student would compile again."""
-        progress = self.progress.step / max(self.planned - 1, 1)
+        """Weights, temperature and window of this step; set where they change only: a compiled student would compile
+        again.
+        """
+        progress = self._share(self.progress.step)
         values = [value_at(scheduled, progress) for scheduled in self.scheduled]
         if values[1:] != self.values[1:]:
             self.weights = torch.tensor(values[1:], device=self.accelerator.device)
         if values[:1] != self.values[:1]:
             set_surrogate_temperature(self.distiller.student, values[0])
         self.values = values
+        if self.settings.window and (number := window_number(self.settings.window, progress)) != self.window:
+            self.window = number
+            set_window(self.distiller.student, **self._window())
+
+    def _share(self, step: int) -> float:
+        """How far into the planned run a step is, in [0, 1]."""
+        return step / (self.planned - 1) if self.planned > 1 else 1.0
+
+    def _window(self) -> dict[str, Any]:
+        """The window in force, if there is one."""
+        return {} if self.window is None else self.settings.window[self.window].model_dump(exclude={"until"})
 
     def _after_step(self, losses: Tensor, batches: int) -> None:
         progress, settings = self.progress, self.settings
@@ -256,6 +272,7 @@ class Trainer:
         total = round(float((losses * self.weights).sum()), 7)
         self._write(
             {"step": self.progress.step, "loss": total, **terms, "learning_rate": self.scheduler.get_last_lr()[0]}
+            | self._window()
         )
 
     def _evaluate(self) -> None:
@@ -270,7 +287,9 @@ class Trainer:
         if self.sample and student.gradient != "equilibrium":
             domain = effective_domain(student, self.sample)
         more = {"effective_domain": domain} if domain else {}
-        self._write({"step": progress.step, "split": "validation", **scores, **more})
+        self._write({"step": progress.step, "split": "validation", **scores, **more, **self._window()})
+        if self.window not in (None, window_number(self.settings.window, self._share(self.total_steps - 1))):
+            return  # what a wider window reaches, the model that is wanted does not
         metric = next(iter(scores.values()))
         if progress.best is None or metric > progress.best:
             progress.best, progress.best_step, progress.evaluations_since_best = metric, progress.step, 0

@@ -1,12 +1,18 @@
 """The parts of a recipe: student, text, tokenizer, teacher, objectives, and the settings of the training loop."""
 
+import logging
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from snlp_zoo.errors import RecipeError
+from snlp_zoo.models.converted import SpikingConversionConfig
+from snlp_zoo.registry import conversion, model_classes
 from snlp_zoo.train.schedules import Schedule, Scheduled, value_at
+
+logger = logging.getLogger(__name__)
 
 
 class Part(BaseModel):
@@ -15,14 +21,41 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelPart(Part):
-    """The student: a family and its configuration."""
+def refuse_untrainable(conversion: SpikingConversionConfig) -> None:
+    """Raises RecipeError for a converted model without a gradient."""
+    if conversion.mode != "count":
+        raise RecipeError(f"mode {conversion.mode!r} of a converted model has no gradient; train with mode 'count'")
+    if conversion.weight_bits == 8 or conversion.packed:
+        kind = "packed" if conversion.packed else "int8"
+        raise RecipeError(f"{kind} weights have no gradient; train what they were made from, and convert that")
 
-    model_type: str
+
+class ModelPart(Part):
+    """The student: a family of this zoo and its configuration; or a transformers model that is made to spike, which is
+    what the weights are that it starts from: model_type and config may be left out, and must agree if they are there.
+    """
+
+    model_type: str | None = None
     config: dict[str, Any] = {}
+    # arguments of `convert.to_spiking`, {} for its own; null: one of this zoo, or converted where it starts from
+    convert: dict[str, Any] | None = None
+    # crops or texts of the training split on which a converted model's channels are made equal, see `convert.equalise`
+    equalise: int = Field(0, ge=0)
     # or "scratch" (where there is no teacher, and for language models, the default), or a saved student: weights are
     # copied where names and shapes allow
     init_from: str = "teacher"
+
+    @property
+    def converted(self) -> bool:
+        """Whether this is a transformers model."""
+        return self.convert is not None or self.model_type not in model_classes()
+
+    @field_validator("convert")
+    @classmethod
+    def _trainable(cls, convert: dict[str, Any] | None) -> dict[str, Any] | None:
+        if convert is not None:
+            refuse_untrainable(conversion(convert))
+        return convert
 
 
 class AugmentPart(Part):
@@ -71,12 +104,32 @@ class DataPart(Part):
 
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
+# max_count -> the threshold_scale with which an untrained model loses least; see README, "Train a converted model"
+THRESHOLD_SCALES = {15: 2.0, 7: 1.4, 3: 1.0, 1: 0.6}
+
+
+class WindowPart(Part):
+    """How many spikes an input of a converted model may take, over a share of a run."""
+
+    max_count: int | None = Field(ge=1)  # null: any number
+    threshold_scale: float = Field(None, gt=0, allow_inf_nan=False, validate_default=True)  # None: the usual one
+    until: float | None = Field(None, gt=0, le=1)  # share of the run; None: windows last equally long
+
+    @field_validator("threshold_scale", mode="before")
+    @classmethod
+    def _usual_scale(cls, scale: Any, info: ValidationInfo) -> Any:
+        usual = THRESHOLD_SCALES.get(info.data.get("max_count", 0))
+        if scale is None and usual is None:
+            only = ", ".join(map(str, THRESHOLD_SCALES))
+            raise RecipeError(f"Field required: name threshold_scale; only {only} have a usual one")
+        return usual if scale is None else scale
 
 
 class TrainPart(Part):
     """Settings of the one training loop; steps are optimiser steps."""
 
     epochs: int = Field(3, ge=1)
+    steps: int | None = Field(None, ge=1)  # instead of epochs
     max_steps: int | None = Field(None, ge=1)  # stops earlier; the schedule stays that of all epochs
     batch_size: int = Field(32, ge=1)  # examples per process
     eval_batch_size: int = Field(64, ge=1)
@@ -90,6 +143,7 @@ class TrainPart(Part):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: float = Field(1.0, gt=0)
     surrogate_temperature: Scheduled = 1.0  # widens every neuron's surrogate by this factor
+    window: list[WindowPart] = []  # of a converted model, one after another; the best student is one of the last
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     freeze_embeddings: bool = False
     logging_steps: int = Field(10, ge=1)
@@ -109,6 +163,17 @@ class TrainPart(Part):
             )
         return self
 
+    @field_validator("window")
+    @classmethod
+    def _one_after_another(cls, windows: list[WindowPart]) -> list[WindowPart]:
+        ends = window_ends(windows)
+        if windows and (ends[-1] != 1 or any(end >= later for end, later in pairwise(ends))):
+            raise RecipeError(
+                f"windows end at these shares of the run: {', '.join(f'{end:.3g}' for end in ends)}; each must end "
+                "after the one before, the last at 1"
+            )
+        return windows
+
     @field_validator("surrogate_temperature")
     @classmethod
     def _positive(cls, temperature: float | Schedule) -> float | Schedule:
@@ -122,6 +187,25 @@ class TrainPart(Part):
         if tracker and not find_spec(tracker):
             raise RecipeError(f"train.tracker: {tracker!r} is not installed; pip install {tracker}, or leave it out")
         return tracker
+
+
+def window_ends(windows: list[WindowPart]) -> list[float]:
+    """The share of a run at which each window ends."""
+    return [window.until or (number / len(windows)) for number, window in enumerate(windows, start=1)]
+
+
+def window_number(windows: list[WindowPart], progress: float) -> int:
+    """Which of the windows is that of a share of the run in [0, 1]."""
+    return sum(progress >= end for end in window_ends(windows)[:-1])
+
+
+def warn_of_unreached_windows(windows: list[WindowPart], progress: float) -> None:
+    """Say that a run which ends at this share of what is planned never comes to its last window."""
+    if windows and (number := window_number(windows, progress) + 1) < len(windows):
+        logger.warning(
+            "train.max_steps ends the run in window %d of %d: the student saved is one of max_count %s, not %s",
+            *(number, len(windows), windows[number - 1].max_count, windows[-1].max_count),
+        )
 
 
 class TeacherPart(Part):

@@ -47,9 +47,10 @@ class Recipe(Part):
     @model_validator(mode="before")
     @classmethod
     def _start(cls, content: Any) -> Any:
-        """Only an encoder or a classifier with a teacher starts from it unless told otherwise."""
+        """Unless told otherwise a converted student starts from a teacher, of others an encoder or a classifier."""
         model = content.get("model")
-        if isinstance(model, dict) and (content.get("task") or not content.get("teacher")):
+        spikes = isinstance(model, dict) and model.get("convert") is None and model.get("model_type")
+        if spikes and (content.get("task") or not content.get("teacher")):
             return content | {"model": {"init_from": "scratch"} | model}
         return content
 
@@ -118,10 +119,20 @@ class Recipe(Part):
             raise RecipeError(
                 f"teacher.tune: a language model is taken as it is, got {self.teacher.tune!r}; set teacher.tune=none"
             )
-        if self.model.init_from == "teacher":
+        if self.model.init_from == "teacher" and not self.model.converted:
             raise RecipeError("model.init_from: language models do not start from a teacher; use 'scratch'")
         if self.data.text_pair or self.data.augment:
             raise RecipeError("data: text_pair and augment are not for language models; leave them out")
+
+    @model_validator(mode="after")
+    def _fitting_conversion(self) -> "Recipe":
+        if self.stages:
+            return self
+        if self.model.converted and self.train.surrogate_temperature != 1:
+            raise RecipeError("train.surrogate_temperature: a converted model has no surrogates; leave it out")
+        if self.model.converted and self.model.init_from == "scratch" and self.model.model_type is None:
+            raise RecipeError("model.model_type: of 'scratch' nothing else says what model it is; name one")
+        return self
 
     @model_validator(mode="after")
     def _known_objectives(self) -> "Recipe":
@@ -149,9 +160,11 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         _set(content, override)
     recipe = _validated(name_or_path, content)
     for _, part in [(Path(), recipe), *stage_recipes(recipe, Path(), name_or_path)]:
-        if part.model.model_type not in registry.model_classes():
-            raise registry.unknown("model_type", part.model.model_type, list(registry.model_classes()))
-        registry.build_config(part.model.model_type, part.model.config)  # refuses unknown fields before anything runs
+        model = part.model
+        if model.model_type is not None:  # refuses unknown fields before anything runs
+            if model.convert is not None or model.init_from in ("scratch", "teacher"):  # else converted before
+                registry.check_model_type(model.model_type, model.convert)
+            registry.build_config(model.model_type, model.config)
     return recipe
 
 
@@ -218,8 +231,11 @@ def _resolve_entry(name: str, entry: registry.Entry, seen: tuple[str, ...]) -> d
             f"zoo entry {name!r} has no recipe to train it; write a YAML file with 'extends: <recipe>' and a model, or "
             f"use one of {', '.join(e for e in registry.list_entries() if registry.load_entry(e).recipe)}"
         )
-    model = {"model": {"model_type": entry.model_type, "config": entry.config}}
-    return _merge(_resolve(entry.recipe, seen), model) | {"name": name}
+    content = _resolve(entry.recipe, seen)
+    if entry.convert is not None and content.get("teacher") and "weights" in entry.source:
+        content = _merge(content, {"teacher": {"name": entry.source["weights"]}})
+    model = {"model": {"model_type": entry.model_type, "config": entry.config, "convert": entry.convert}}
+    return _merge(content, model) | {"name": name}
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -8,25 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from snlp_zoo import hub, registry
-from snlp_zoo.data import TextSet, load_documents, load_splits, read_documents, read_set
+from snlp_zoo.data import load_documents, load_splits, read_documents, read_set
 from snlp_zoo.data.batches import loader, longest, tokenise
-from snlp_zoo.data.streams import Stream, make_stream
+from snlp_zoo.data.streams import crop_loader, make_stream
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.models.checkpoint import architecture, read_json
+from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.train.checkpoints import started_with
 from snlp_zoo.train.evaluation import evaluate, evaluate_through
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
 from snlp_zoo.train.job import Job, read_texts, read_tokens, status
 from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
-from snlp_zoo.train.metrics import bag_of_words_baseline
 from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
 from snlp_zoo.train.student import find_tokenizer, load_projection, make_student, save_projection, student_config
+from snlp_zoo.train.summary import spiking, test_scores, validation_row, validation_scores
 from snlp_zoo.train.teacher import (
     augmented,
     check_attention_scores,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+WINDOW = 1024  # tokens in which text is read where no state can be carried on
+_AT_ONCE = 4096  # tokens, of several windows
 
 
 def distill(
@@ -130,7 +133,7 @@ def _read_job(
         job = Job(accelerator, recipe, tokenizer, data, folder, resume)
     if job.labelled:
         _check_objectives(recipe, job.data.label_names)
-    config = student_config(recipe, job.tokenizer, job.data.label_names)
+    config = student_config(_with_start(recipe, before), job.tokenizer, job.data.label_names)
     check_layer_map(recipe, config.num_hidden_layers)
     if recipe.head == "causal-lm":
         check_vocabulary(recipe, config.vocab_size)
@@ -139,6 +142,14 @@ def _read_job(
     if start not in ("teacher", "scratch") and Path(start) not in before:
         hub.find_checkpoint(start)
     return job
+
+
+def _with_start(recipe: Recipe, before: dict[Path, Job | None]) -> Recipe:
+    """The recipe as if a converted student started where the stages before it do: they are not trained yet."""
+    start = recipe.model.init_from
+    while recipe.model.converted and (earlier := before.get(Path(start))):
+        start = earlier.recipe.model.init_from
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init_from": start})})
 
 
 def _train_stages(
@@ -169,18 +180,19 @@ def _train_job(job: Job, started: float) -> dict[str, Any]:
     config = student_config(recipe, job.tokenizer, job.data.label_names)
     teacher = prepare_teacher(job, recipe.teacher) if recipe.teacher else None
     set_seed(recipe.train.seed)
-    student = make_student(recipe, config, teacher)
+    some = job.some_texts(recipe.model.equalise) if recipe.model.equalise else None
+    student = make_student(recipe, config, teacher, some)
     progress = _train(augmented(job), student, teacher)
     best = registry.load(job.folder / "model").to(accelerator.device)
-    validation = _validation_row(job, progress)
+    validation = validation_row(job, progress)
     domain = validation.pop("effective_domain", None)
-    scores = _validation_scores(job, validation) if recipe.head == "encoder" else _test_scores(job, best, teacher)
+    scores = validation_scores(job, validation) if recipe.head == "encoder" else test_scores(job, best, teacher)
     return {
         "name": recipe.name,
         **scores,
         "parameters": best.num_parameters(),
         **({"teacher_parameters": teacher.num_parameters()} if teacher else {}),
-        "time_steps": best.config.time_steps,
+        **spiking(best),
         **({"effective_domain": domain} if domain else {}),
         "seconds": round(time.monotonic() - started, 1),
         "path": str(job.folder / "model"),
@@ -253,40 +265,6 @@ def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel | None) 
     return trainer.run(job.resume, "distil" if teacher else "train")
 
 
-def _test_scores(job: Job, student: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, Any]:
-    """Test scores of everybody, by metric: {"teacher_accuracy": ..., "student_accuracy": ..., ...}."""
-    accelerator, data = job.accelerator, job.data
-    test = job.evaluation_loader(data.test, job.recipe.train)
-    people = {"teacher": teacher, "student": student}
-    scores = {who: evaluate(accelerator, model, test, f"test the {who}") for who, model in people.items() if model}
-    fired = {"firing_rate": rate} if (rate := scores["student"].pop("firing_rate", None)) is not None else {}
-    if job.recipe.baseline and data.label_names is not None and accelerator.is_main_process:
-        train, held_out = data.texts.train, data.texts.test
-        labels = [split.labels or [] for split in (train, held_out)]
-        with status(accelerator, "fitting the bag-of-words baseline"):
-            scores["baseline"] = bag_of_words_baseline(_joined(train), labels[0], _joined(held_out), labels[1])
-    named = {f"{who}_{metric}": value for who, values in scores.items() for metric, value in values.items()}
-    what = "tokens" if isinstance(data.test, Stream) else "examples"
-    return {f"test_{what}": len(data.test), **named, **fired}
-
-
-def _validation_row(job: Job, progress: Progress) -> dict[str, Any]:
-    """What was logged of the best student."""
-    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return next((row for row in rows if row["step"] == progress.best_step and "split" in row), {})
-
-
-def _validation_scores(job: Job, row: dict[str, Any]) -> dict[str, Any]:
-    """What the best student reached on validation: without its projection, which is no part of it, it has no loss."""
-    named = {f"student_{key}": value for key, value in row.items() if key not in ("step", "split", "firing_rate")}
-    return {"validation_examples": len(job.data.validation), **named, "firing_rate": row["firing_rate"]}
-
-
-def _joined(texts: TextSet) -> list[str]:
-    """Texts, pairs as one string: what a bag of words sees."""
-    return texts.texts if texts.pairs is None else [f"{a} {b}" for a, b in zip(texts.texts, texts.pairs, strict=True)]
-
-
 def evaluate_checkpoint(
     path_or_entry: str,
     data: str,
@@ -295,13 +273,15 @@ def evaluate_checkpoint(
     text_pair: str | None = None,
     label: str = "label",
     separator: str | None = None,
+    window: int | None = None,
     revision: str | None = None,
     verify: bool = False,
 ) -> dict[str, Any]:
     """Scores of a saved student, a classifier or a language model: the whole of `snlp-zoo evaluate`.
 
-    A language model carries its state through all of the text, so that every token is predicted from all before it;
-    validation while training starts every crop afresh, and so is a little worse.
+    A language model of this zoo carries its state through all of the text, so that every token is predicted from all
+    before it; validation while training starts every crop afresh, and so is a little worse. Where the state grows with
+    the text, in a converted model or a dense one of transformers, text is read in windows, each from its beginning.
 
     Args:
         data: a file, with labels for a classifier, or anything `data.load_splits` or, for a language model,
@@ -309,16 +289,18 @@ def evaluate_checkpoint(
         text, text_pair, label: column names; of a language model the first alone.
         separator: what stands after each text for a language model; None: what did in its run, if that lies around
             it, else its tokenizer's end of text.
+        window: tokens of a language model's windows; None: `WINDOW`, or the state is carried on where that can be.
         revision, verify: as `snlp_zoo.load`.
     Raises:
         SnlpError: the checkpoint or the file cannot be used.
     """
     folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
-    if architecture(read_json(folder / "config.json")).endswith(registry.TASKS["causal-lm"][0]):
-        return _evaluate_language_model(folder, data, text, separator)
+    if registry.task_of(architecture(read_json(folder / "config.json"))) == "causal-lm":
+        return _evaluate_language_model(folder, data, text, separator, window)
     model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)
-    names = None if len(model.config.label_names) == 1 else model.config.label_names
+    labels: dict[Any, str] = model.config.id2label or {}
+    names = None if len(labels) == 1 else [labels[number] for number in sorted(labels)]
     columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "label_names": names}
     if Path(data).is_file():
         texts = read_set(data, regression=names is None, **columns)
@@ -334,8 +316,10 @@ def evaluate_checkpoint(
     return {"path": str(folder), "data": data, "examples": len(tokens), "truncated": tokens.truncated, **scores}
 
 
-def _evaluate_language_model(folder: Path, data: str, text: str, separator: str | None) -> dict[str, Any]:
-    model, tokenizer = registry.load(folder), registry.load_tokenizer(folder)
+def _evaluate_language_model(
+    folder: Path, data: str, text: str, separator: str | None, window: int | None
+) -> dict[str, Any]:
+    model, tokenizer = _language_model(folder), registry.load_tokenizer(folder)
     kept = folder.parent / "recipe.yaml"
     part = load_recipe(str(kept)).data if kept.is_file() else None  # how it was trained
     if part is not None and separator is None:
@@ -352,6 +336,27 @@ def _evaluate_language_model(folder: Path, data: str, text: str, separator: str 
         )
     if stream.unknown:
         logger.warning("%d of %d characters are unknown to the tokenizer", stream.unknown, stream.characters)
-    scores = evaluate_through(model.to(make_accelerator("no").device), stream)
+    accelerator = make_accelerator("no")
+    model.to(accelerator.device)
     size = {"tokens": len(stream), "bytes": stream.utf8_bytes, "characters": stream.characters}
-    return {"path": str(folder), "data": data, **size, "unknown": stream.unknown, **scores}
+    size |= {"unknown": stream.unknown}
+    if window is None and isinstance(model.config, SpikingConfig):
+        return {"path": str(folder), "data": data, **size, **evaluate_through(model, stream)}
+    positions = getattr(model.config, "max_position_embeddings", window or WINDOW)
+    if window is not None and not 1 <= window <= positions:
+        raise RecipeError(f"window {window} must be at least 1 token and at most the model's {positions} positions")
+    window = window or min(WINDOW, positions)
+    windows = crop_loader(stream, tokenizer, window, max(_AT_ONCE // window, 1), shuffle=False)
+    scores = evaluate(accelerator, model, windows, "evaluate")
+    return {"path": str(folder), "data": data, **size, "window": window, **scores}
+
+
+def _language_model(folder: Path) -> PreTrainedModel:
+    """One of this zoo, or converted; a dense one of transformers too, to compare with."""
+    content = read_json(folder / "config.json")
+    if "quantization_config" in content or content.get("model_type") in registry.model_classes():
+        return registry.load(folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    except Exception as error:  # transformers and safetensors each raise their own
+        raise CheckpointError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error

@@ -15,8 +15,8 @@ from snlp_zoo.data.tokenizers import train_tokenizer
 from snlp_zoo.distill.distiller import gives_attention_scores
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
-from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.models.transfer import by_short_name, copy_weights, short_name
+from snlp_zoo.train.converted import converted_config, make_converted
 from snlp_zoo.train.recipe import Recipe
 from snlp_zoo.train.teacher import label_options, load_tokenizer
 
@@ -63,16 +63,22 @@ def load_saved_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return registry.load_tokenizer(folder)
 
 
-def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_names: list[str] | None) -> SpikingConfig:
+def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_names: list[str] | None) -> Any:
     """The student's configuration, checked against the recipe, the tokenizer and the labels.
 
     Raises:
         RecipeError: they do not fit each other, or the place to start from does not exist.
+        ConversionError: there is no such layer to convert.
     """
+    if recipe.model.converted:
+        return converted_config(recipe, tokenizer, label_names)
+    if recipe.train.window or recipe.model.equalise:
+        key = "train.window" if recipe.train.window else "model.equalise"
+        raise RecipeError(f"{key}: that is for converted models; leave it out, or give model.convert")
     values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     if recipe.head == "causal-lm":
         values["eos_token_id"] = tokenizer.eos_token_id
-    config = registry.build_config(recipe.model.model_type, values | recipe.model.config)
+    config = registry.build_config(str(recipe.model.model_type), values | recipe.model.config)
     if recipe.head not in _classes(recipe):
         able = [family for family, classes in registry.model_classes().items() if recipe.head in classes]
         raise RecipeError(f"task: no {recipe.head} of model_type {recipe.model.model_type!r}; use {' or '.join(able)}")
@@ -115,7 +121,9 @@ def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_nam
     return config
 
 
-def make_student(recipe: Recipe, config: SpikingConfig, teacher: PreTrainedModel | None) -> PreTrainedModel:
+def make_student(
+    recipe: Recipe, config: Any, teacher: PreTrainedModel | None, batch: dict[str, Tensor] | None = None
+) -> PreTrainedModel:
     """A student with the weights the recipe asks for: a classifier, an encoder for text without labels, or a language
     model.
 
@@ -123,6 +131,8 @@ def make_student(recipe: Recipe, config: SpikingConfig, teacher: PreTrainedModel
         RecipeError: none of the weights to start from fits.
         CheckpointError: the saved student to start from cannot be loaded.
     """
+    if recipe.model.converted:
+        return make_converted(recipe, config, teacher, batch or {})
     student = _classes(recipe)[recipe.head](config)
     if recipe.model.init_from == "teacher":
         student.copy_from(teacher)
@@ -132,7 +142,7 @@ def make_student(recipe: Recipe, config: SpikingConfig, teacher: PreTrainedModel
 
 
 def _classes(recipe: Recipe) -> dict[str, Any]:
-    return registry.model_classes()[recipe.model.model_type]
+    return registry.model_classes()[str(recipe.model.model_type)]
 
 
 def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:

@@ -1,9 +1,12 @@
 """The teacher of a run: found by name, tuned on the task by the one loop, cached, reused."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,13 @@ from transformers import (
     set_seed,
 )
 
+from snlp_zoo.convert.source import Source, find_source, load_dense
 from snlp_zoo.data.augment import augment
 from snlp_zoo.data.batches import Tokenised
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.matching import LAYER_MAPS, layer_pairs, score_projections
 from snlp_zoo.distill.objectives import OBJECTIVES
-from snlp_zoo.errors import RecipeError
+from snlp_zoo.errors import RecipeError, SnlpError
 from snlp_zoo.registry import knows_no_words
 from snlp_zoo.train.files import replace_folder
 from snlp_zoo.train.job import Data, Job, status
@@ -63,11 +67,28 @@ def locate_teacher(name: str) -> str:
     raise RecipeError(f"teacher folder {name!r} does not exist")
 
 
-def _from_pretrained(auto: Any, part: TeacherPart, **options: Any) -> Any:
+def _gguf_source(name: str) -> Source | None:
+    """The GGUF file that this is, or that an installed package of this name carries."""
+    try:
+        carried = [file.suffix for file in importlib.metadata.files(name) or ()]
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        carried = [Path(name).suffix]
+    return find_source(name) if ".gguf" in carried else None
+
+
+@cache
+def _read_gguf(auto: Any, source: Source) -> Any:
+    """A configuration or a tokenizer: transformers reads the whole file for it."""
+    return auto.from_pretrained(source.folder, **source.options())
+
+
+def from_pretrained(auto: Any, part: TeacherPart, **options: Any) -> Any:
     """`from_pretrained` with one clear error for whatever goes wrong with a teacher."""
     try:
+        if source := _gguf_source(part.name):
+            return deepcopy(_read_gguf(auto, source))
         return auto.from_pretrained(locate_teacher(part.name), revision=part.revision, **options)
-    except RecipeError:
+    except SnlpError:
         raise
     except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own
         raise RecipeError(
@@ -82,7 +103,7 @@ def load_tokenizer(part: TeacherPart) -> PreTrainedTokenizerBase:
     Raises:
         RecipeError: it cannot be loaded, or knows no words: transformers makes an empty one where files are missing.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, part)
+    tokenizer = from_pretrained(AutoTokenizer, part)
     if knows_no_words(tokenizer):
         raise RecipeError(f"teacher {part.name!r} has no tokenizer beside its weights; put its files there")
     return tokenizer
@@ -94,7 +115,7 @@ def check_attention_scores(part: TeacherPart) -> None:
     Raises:
         RecipeError: they cannot, or there is no such teacher.
     """
-    config = _from_pretrained(AutoConfig, part)
+    config = from_pretrained(AutoConfig, part)
     with torch.device("meta"):
         score_projections(AutoModel.from_config(config))
 
@@ -106,7 +127,7 @@ def check_layer_map(recipe: Recipe, student_layers: int) -> None:
         RecipeError: it has not, or there is no such teacher.
     """
     if recipe.teacher and recipe.layer_map not in LAYER_MAPS:
-        layer_pairs(student_layers, _from_pretrained(AutoConfig, recipe.teacher).num_hidden_layers, recipe.layer_map)
+        layer_pairs(student_layers, from_pretrained(AutoConfig, recipe.teacher).num_hidden_layers, recipe.layer_map)
 
 
 def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
@@ -118,7 +139,7 @@ def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
     compared = [name for name in recipe.objectives if OBJECTIVES[name].unit == "logit"]
     if not (recipe.teacher and compared):
         return
-    config = _from_pretrained(AutoConfig, recipe.teacher).get_text_config()
+    config = from_pretrained(AutoConfig, recipe.teacher).get_text_config()
     positions = getattr(config, "max_position_embeddings", recipe.data.max_length)
     if recipe.data.max_length > positions:
         raise RecipeError(f"data.max_length {recipe.data.max_length} is more than the teacher's {positions} positions")
@@ -138,10 +159,10 @@ def augmented(job: Job) -> Job:
     part, options = job.recipe.teacher, job.recipe.data.augment
     if options is None or part is None or not isinstance(job.data.train, Tokenised):
         return job
-    config = _from_pretrained(AutoConfig, part)
+    config = from_pretrained(AutoConfig, part)
     has_head = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     auto = AutoModelForMaskedLM if has_head else AutoModel
-    model = _from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32).to(job.accelerator.device).eval()
+    model = from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32).to(job.accelerator.device).eval()
     with status(job.accelerator, "altering copies of the texts"):
         train = augment(job.data.train, job.tokenizer, model, **options.model_dump(), seed=job.recipe.data.seed)
     return replace(job, data=job.data._replace(train=train))
@@ -157,11 +178,16 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
     accelerator, label_names = job.accelerator, job.data.label_names
     eager = {"attn_implementation": "eager"} if "attention_mse" in job.recipe.objectives else {}
     if not job.labelled:
-        auto = AutoModelForCausalLM if job.recipe.head == "causal-lm" else AutoModel
-        teacher = _from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32, **eager)
+        if source := _gguf_source(part.name):
+            teacher = load_dense(source, torch.float32)
+            if eager:
+                teacher.set_attn_implementation("eager")
+        else:
+            auto = AutoModelForCausalLM if job.recipe.head == "causal-lm" else AutoModel
+            teacher = from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32, **eager)
         return teacher.to(accelerator.device).eval()
     if part.tune == "none":
-        teacher = _from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **eager)
+        teacher = from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **eager)
         classes = len(label_names) if label_names else 1
         if teacher.config.num_labels != classes:
             raise RecipeError(
@@ -183,7 +209,7 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
 def _tune(job: Job, part: TeacherPart) -> PreTrainedModel:
     folder = job.folder / "teacher"
     set_seed(part.train.seed)  # of the new classifier
-    teacher = _from_pretrained(
+    teacher = from_pretrained(
         AutoModelForSequenceClassification,
         part,
         use_safetensors=True,

@@ -17,6 +17,7 @@ from snlp_zoo.distill.objectives import (
     forward_kl,
     hidden_mse,
     logit_mse,
+    relative_hidden_mse,
     reverse_kl,
     spike_rate,
 )
@@ -108,6 +109,14 @@ def test_kl_survives_extreme_logits():
     loss.backward()
     assert loss.isfinite()
     assert student.logits.grad.isfinite().all()
+
+
+def test_relative_hidden_mse_by_hand():
+    states = torch.tensor([[[3.0, 1.0], [0.0, 20.0]]]), torch.tensor([[[1.0, 1.0], [0.0, 10.0]]])
+    student, teacher = (SimpleNamespace(hidden_states=(state, state)) for state in states)
+    batch = {"attention_mask": torch.ones(1, 2)}
+    assert hidden_mse(student, teacher, batch).item() == pytest.approx((2 + 50) / 2)
+    assert relative_hidden_mse(student, teacher, batch).item() == pytest.approx((2 / 1 + 50 / 50) / 2)
 
 
 def test_logit_mse_by_hand():

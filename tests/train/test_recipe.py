@@ -166,7 +166,8 @@ def test_text_without_labels(make_recipe):
     text = message(str(make_recipe(data=data, objectives={"hidden_mse": 1, "cross_entropy": 1, "logit_mse": 1})))
     assert "cross_entropy, logit_mse cannot be had without labels" in text
     assert text.endswith(
-        "use hidden_mse, cosine, embedding_mse, embedding_table_mse, attention_mse, attention_score_mse, spike_rate"
+        "use hidden_mse, relative_hidden_mse, cosine, embedding_mse, embedding_table_mse, attention_mse, "
+        "attention_score_mse, spike_rate"
     )
     assert "at least 1" in message(str(make_recipe(data=data | {"source": []}, objectives={"hidden_mse": 1})))
 

@@ -1,0 +1,59 @@
+"""What a run reports of its models: scores on the test split, or on validation where there is no other."""
+
+import json
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from snlp_zoo.data import TextSet
+from snlp_zoo.data.streams import Stream
+from snlp_zoo.models.converted import is_converted
+from snlp_zoo.train.evaluation import evaluate
+from snlp_zoo.train.job import Job, status
+from snlp_zoo.train.loop import Progress
+from snlp_zoo.train.metrics import bag_of_words_baseline
+
+_OF_SPIKES = ("firing_rate", "zero_share", "spikes_per_value")
+
+
+def test_scores(job: Job, student: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, Any]:
+    """Test scores of everybody, by metric: {"teacher_accuracy": ..., "student_accuracy": ..., ...}."""
+    accelerator, data = job.accelerator, job.data
+    test = job.evaluation_loader(data.test, job.recipe.train)
+    people = {"teacher": teacher, "student": student}
+    scores = {who: evaluate(accelerator, model, test, f"test the {who}") for who, model in people.items() if model}
+    fired = {name: scores["student"].pop(name) for name in _OF_SPIKES if name in scores["student"]}
+    if job.recipe.baseline and data.label_names is not None and accelerator.is_main_process:
+        train, held_out = data.texts.train, data.texts.test
+        labels = [split.labels or [] for split in (train, held_out)]
+        with status(accelerator, "fitting the bag-of-words baseline"):
+            scores["baseline"] = bag_of_words_baseline(_joined(train), labels[0], _joined(held_out), labels[1])
+    named = {f"{who}_{metric}": value for who, values in scores.items() for metric, value in values.items()}
+    what = "tokens" if isinstance(data.test, Stream) else "examples"
+    return {f"test_{what}": len(data.test), **named, **fired}
+
+
+def validation_row(job: Job, progress: Progress) -> dict[str, Any]:
+    """What was logged of the best student."""
+    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return next((row for row in rows if row["step"] == progress.best_step and "split" in row), {})
+
+
+def validation_scores(job: Job, row: dict[str, Any]) -> dict[str, Any]:
+    """What the best student reached on validation: without its projection, which is no part of it, it has no loss."""
+    fired = {name: row[name] for name in _OF_SPIKES if name in row}
+    beside = {"step", "split", "max_count", "threshold_scale", *fired}
+    named = {f"student_{key}": value for key, value in row.items() if key not in beside}
+    return {"validation_examples": len(job.data.validation), **named, **fired}
+
+
+def _joined(texts: TextSet) -> list[str]:
+    """Texts, pairs as one string: what a bag of words sees."""
+    return texts.texts if texts.pairs is None else [f"{a} {b}" for a, b in zip(texts.texts, texts.pairs, strict=True)]
+
+
+def spiking(model: PreTrainedModel) -> dict[str, Any]:
+    """In how many steps a student spikes; of a converted one what its spikes are."""
+    if not is_converted(model):
+        return {"time_steps": model.config.time_steps}
+    return {name: getattr(model.config.quantization_config, name) for name in ("code", "max_count", "threshold_scale")}

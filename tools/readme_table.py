@@ -15,13 +15,13 @@ MARKS = "<!-- zoo table: begin (python tools/readme_table.py writes it) -->", "<
 
 def _row(name: str) -> str:
     entry = registry.load_entry(name)
-    config = registry.build_config(entry.model_type, entry.config)
     with torch.device("meta"):
-        parameters = registry.model_classes()[entry.model_type][entry.task](config).num_parameters()
+        model = registry.build(name)
     paper = entry.source.get("paper", "-")
     results = entry.results or [{}]
+    steps = getattr(model.config, "time_steps", "-")  # those of a converted model vary with its inputs
     return "\n".join(
-        f"| {name} | {paper} | {parameters / 1e6:.2f} M | {config.time_steps} | {_cells(result)} |"
+        f"| {name} | {paper} | {model.num_parameters() / 1e6:.2f} M | {steps} | {_cells(result)} |"
         for result in results
     )
 

@@ -176,6 +176,7 @@ def break_even_rate(
     neuron: float = 0.0,
     mac: float = 4.6,
     ac: float = 0.9,
+    size: float = 1.0,
     fan_in: int = 768,
     fan_out: int = 768,
     reuse_dense: float = 1.0,
@@ -185,7 +186,7 @@ def break_even_rate(
     """Below which firing rate a spiking linear layer takes less energy than the same layer with multiplications.
 
         r* = (mac + w / reuse_dense + a (1/K + 1/M) - T (2 v + neuron) / K)
-             / (T (ac + w / reuse_spiking + 2 v event_driven + address + spike (1/K + 1/M)))
+             / (T (size (ac + w / reuse_spiking + 2 v event_driven + address) + spike (1/K + 1/M)))
 
     With weight reads dominating and equal reuse r* tends to 1 / T.
 
@@ -194,24 +195,24 @@ def break_even_rate(
         weight, activation, membrane: w, a, v, pJ for reading or writing one word.
         spike: pJ for moving one spike; address: pJ for each accumulate it causes.
         neuron: pJ of one neuron's own arithmetic per step.
-        mac, ac: pJ of a multiply-accumulate and of an accumulate.
+        mac, ac: pJ of a multiply-accumulate and of an accumulate. size: accumulates that a spike takes per output.
         fan_in, fan_out: K, M.
         reuse_dense, reuse_spiking, event_driven: as in `Memory`.
     Returns:
         A rate in [0, 1]; 0 where no rate is low enough, 1 where every rate is.
     Raises:
-        EnergyError: a negative or infinite cost, or T, K, M or reuse below 1.
+        EnergyError: a negative or infinite cost, or T, K, M, size or reuse below 1.
     """
     costs = (weight, activation, membrane, spike, address, neuron, mac, ac)
     if not all(math.isfinite(cost) and cost >= 0 for cost in costs) or not ac > 0:
         raise EnergyError(f"break_even_rate: costs are finite, at least 0 pJ, and ac above 0, got {costs}")
-    if min(time_steps, fan_in, fan_out, reuse_dense, reuse_spiking) < 1:
+    if min(time_steps, size, fan_in, fan_out, reuse_dense, reuse_spiking) < 1:
         raise EnergyError(
-            "break_even_rate: time_steps, fan_in, fan_out and reuse are at least 1, got "
-            f"{time_steps}, {fan_in}, {fan_out}, {reuse_dense}, {reuse_spiking}"
+            "break_even_rate: time_steps, size, fan_in, fan_out and reuse are at least 1, got "
+            f"{time_steps}, {size:g}, {fan_in}, {fan_out}, {reuse_dense}, {reuse_spiking}"
         )
     ends = 1 / fan_in + 1 / fan_out
     dense = mac + weight / reuse_dense + activation * ends
     every_step = time_steps * (2 * membrane + neuron) / fan_in
-    per_event = ac + weight / reuse_spiking + 2 * membrane * event_driven + address + spike * ends
+    per_event = size * (ac + weight / reuse_spiking + 2 * membrane * event_driven + address) + spike * ends
     return min(1.0, max(0.0, (dense - every_step) / (time_steps * per_event)))

@@ -1,7 +1,8 @@
 """What a forward computes: every tensor operation, by module, with what its operands are.
 
 SpikingJelly's dispatch mode shows each operation and the module it runs in; the rules here are our own. Neurons are
-priced as a whole, and so are recurrences; fused attention is taken apart; an operation without a price is an error.
+priced as a whole, and so are recurrences and linear layers with a code of whole numbers (`codes`); fused attention is
+taken apart; an operation without a price is an error.
 Shapes: n rows (T, batch and tokens together), K inputs, M outputs of a product [n, K] x [K, M].
 """
 
@@ -9,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,58 +20,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from snlp_zoo.energy import prices
+from snlp_zoo.energy import codes, prices
 from snlp_zoo.energy.kinds import Tag, contradiction, declared_kind, spikes_tag
 from snlp_zoo.energy.matmul import Product, product
+from snlp_zoo.energy.rows import Operand, Row
 from snlp_zoo.errors import EnergyError
 from snlp_zoo.layers.neurons import as_recorded
+from snlp_zoo.layers.spike_linear import SpikeLinear
 from snlp_zoo.layers.watching import evaluating, hooked
 from snlp_zoo.layers.wkv import WKV4
 from snlp_zoo.ops.bit_linear import unpack_weight
-
-
-@dataclass
-class Row:
-    """One kind of work of one module, summed over texts and time steps.
-
-    role: matmul, gate (spikes times spikes, element by element), counter (of spikes over tokens or channels), neuron,
-    recurrence, norm, softmax, activation, residual, bias, amplitude, scale, gather, readout or other.
-    counts: primitives of `costs`; alternative: another way to compute the same, of which the cheaper is taken.
-    timed: done anew at each of T steps; a dense network does it once. Neurons that walk over tokens have T = 1.
-    The rest belongs to products and neurons: kind of the operands; their nonzeros and elements; accumulates and
-    multiply-accumulates; dense: the same of real operands; outputs; weights: K M and their weight_bits (0:
-    no weights); spike trains and real operands that are moved: (kind, "words" or "events" or "address_bits") -> how
-    many; bytes of a gather.
-    """
-
-    name: str
-    role: str
-    timed: bool
-    counts: Counter = field(default_factory=Counter)
-    alternative: Counter = field(default_factory=Counter)
-    kind: str = "-"
-    nnz: int = 0
-    elements: int = 0
-    ac: int = 0
-    mac: int = 0
-    dense: int = 0
-    fan_in: int = 0
-    fan_out: int = 0
-    outputs: int = 0
-    weight_bits: float = 0
-    moved: Counter = field(default_factory=Counter)
-    bytes: int = 0
-    spike_driven: bool = False
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One operand of one product as `verify` shows it."""
-
-    layer: str
-    kind: str
-    source: str
-    problem: str | None
 
 
 class Counting(BaseCounter):
@@ -85,7 +44,8 @@ class Counting(BaseCounter):
         self.seen: Counter = Counter()
         self.steps: Counter = Counter()  # neuron -> time steps of all texts
         self.widths: dict[str, int] = {}  # neuron -> outputs per token
-        self.inside = 0  # neurons and recurrences: they are priced as a whole
+        self.coded: dict[str, codes.Emitted] = {}  # layer with a code of whole numbers -> its call of largest counts
+        self.inside = 0  # neurons, recurrences and layers with a code: they are priced as a whole
         self.names = {module: name for name, module in model.named_modules()}
         self.modules = {name: module for module, name in self.names.items()}
         self.root = type(model).__name__
@@ -146,6 +106,8 @@ class Counting(BaseCounter):
             return self._matmul(path, operands[0], operands[1], bias, out)
         if name == "snlp_zoo::bit_linear":
             return self._bit_linear(path, args, out)
+        if name == "convolution" and not args[6] and tags[1].static and tags[0].kind == "real":
+            return self._convolution(path, given, tags, out)
         if name.startswith("_scaled_dot_product"):
             return self._attention(path, *given, tags=tags, fused=args)
         if name in prices.GATHERS:
@@ -244,7 +206,7 @@ class Counting(BaseCounter):
             setattr(row, key, getattr(row, key) + getattr(made, key))
         row.counts.update(made.counts)
         row.alternative.update(made.alternative)
-        row.fan_in, row.fan_out = made.fan_in, made.fan_out
+        row.fan_in, row.fan_out = made.fan_in, tensors[0].shape[-2] if tags[0].static else made.fan_out
         row.outputs += out.numel()
         if weights:
             bits = getattr(self.modules.get(path), "bits", 32)
@@ -264,6 +226,20 @@ class Counting(BaseCounter):
         if scaled:
             self.row(name, "scale", timed).counts["mul"] += out.numel()
         return Tag("integer", path, timed=timed) if all(tag.whole for tag in tags) else Tag(timed=timed)
+
+    def _convolution(self, path: str, given: list[Tensor], tags: list[Tag], out: Tensor) -> Tag:
+        """Of real numbers: every output is a product with a kernel of weights."""
+        x, kernel, *bias = given
+        row = self.row(f"{path} @ convolution", "matmul", tags[0].timed)
+        row.kind, row.fan_in, row.fan_out = "real x real", kernel[0].numel(), len(kernel)
+        row.mac += out.numel() * row.fan_in
+        row.dense, row.elements, row.outputs = row.mac, row.elements + x.numel(), row.outputs + out.numel()
+        row.counts = Counter(mul=row.mac, add=row.mac)
+        row.weight_bits = 8 * kernel.element_size()
+        self._moved(row, x, tags[0])
+        if bias:
+            self.row(path, "bias", tags[0].timed).counts["add"] += out.numel()
+        return Tag(timed=tags[0].timed)
 
     def _attention(self, path: str, query, key, value, *mask, tags: list[Tag], fused: tuple) -> Tag:
         """Fused attention as two products and a softmax; their results need not exist to be counted."""
@@ -319,6 +295,19 @@ class Counting(BaseCounter):
         row.outputs += tokens
         self.inside -= 1
 
+    def emitted(self, layer: nn.Module, inputs: tuple, out: Tensor) -> None:
+        """Forward hook of every `SpikeLinear`: its spikes, and what they take."""
+        assert isinstance(layer, SpikeLinear)  # noqa: S101  (for the type checker)
+        name, tag = self.names[layer], self.tag(inputs[0])
+        found = codes.record(self, name, layer, inputs[0].detach(), out.numel(), tag.timed)
+        self.coded[name] = max(found, self.coded.get(name, found), key=lambda call: call.values)
+        if found.problem:
+            self.problems.setdefault(name, found.problem)
+        operand = Operand(name, found.kind, name, found.problem)
+        self.operands[operand] = self.operands.get(operand, 0) + 1
+        self.tags[out] = Tag(timed=tag.timed)
+        self.inside -= 1
+
 
 def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
@@ -354,10 +343,12 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     counter = Counting(model)
     nodes = [module for module in model.modules() if isinstance(module, neuron.BaseNode)]
     recurrences = [module for module in model.modules() if isinstance(module, WKV4)]
-    handles = [module.register_forward_pre_hook(counter.entered) for module in (*nodes, *recurrences)]
+    coded = [module for module in model.modules() if isinstance(module, SpikeLinear)]
+    handles = [module.register_forward_pre_hook(counter.entered) for module in (*nodes, *recurrences, *coded)]
     handles += [node.register_forward_hook(counter.fired) for node in nodes]
     handles += [module.register_forward_hook(counter.recurred) for module in recurrences]
-    with hooked(handles), evaluating(model), torch.no_grad(), _Mode([counter]):
+    handles += [module.register_forward_hook(counter.emitted) for module in coded]
+    with hooked(handles), evaluating(model), codes.written_out(model), torch.no_grad(), _Mode([counter]):
         yield counter
     if counter.unpriced:
         found = ", ".join(f"{name} in {path}" for name, path in counter.unpriced.items())

@@ -24,8 +24,8 @@ def markdown(report: "EnergyReport") -> str:
     names = list(report.ratios["matmul_only"])
     lines = ["## Energy", "", report.statement, ""]
     lines += [
-        f"{report.model}, T = {report.time_steps}, {report.texts} texts of {report.tokens} tokens without padding "
-        f"({report.data}); costs `{report.costs['name']}` (sha256 `{report.costs['sha256'][:12]}`), "
+        f"{report.model}, T = {report.time_steps}{_codes(report)}, {report.texts} texts of {report.tokens} tokens "
+        f"without padding ({report.data}); costs `{report.costs['name']}` (sha256 `{report.costs['sha256'][:12]}`), "
         f"memory `{report.memory['name']}`. "
         "A ratio above 1 means that the spiking network takes less; in brackets least and most over all cost tables.",
         "",
@@ -56,11 +56,24 @@ def markdown(report: "EnergyReport") -> str:
         f"| Norm#OPS, and 5.1 / Norm#OPS | {report.norm_ops:.3f}, {norm} |",
         f"| break-even firing rate under these costs | {100 * report.break_even_rate:.1f} % |",
     ]
+    if report.codes:
+        found, even = report.codes, report.time_steps * report.break_even_rate
+        lines += [
+            f"| spikes per activation, and where that breaks even | {found['spikes_per_activation']:.2f}, {even:.2f} |",
+            f"| activations without a spike | {percent(found['zero_share'], 1)} |",
+        ]
     if report.measured:
         joules, device = report.measured["joules_per_token"], report.measured["device"]
         lines.append(f"| measured on {device}, all of the GPU | {1e6 * joules:,.1f} uJ per token |")
     lines += ["", "| where | share of energy | pJ |", "|---|---|---|"]
     return "\n".join(lines + [f"| {role} | {100 * share:.1f} % | {pj:,.0f} |" for role, share, pj in breakdown(report)])
+
+
+def _codes(report: "EnergyReport") -> str:
+    if not report.codes:
+        return ""
+    codes, largest = " and ".join(report.codes["codes"]), report.codes["largest_count"]
+    return f" at most (code {codes}; the largest count is {largest})"
 
 
 def breakdown(report: "EnergyReport") -> list[tuple[str, float, float]]:

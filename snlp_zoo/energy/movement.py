@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from snlp_zoo.energy import prices
 from snlp_zoo.energy.costs import CostTable, Memory
-from snlp_zoo.energy.counting import Row
+from snlp_zoo.energy.rows import Row
 
 REAL_BYTES = 4.0
 
@@ -34,11 +34,11 @@ def _moved_bytes(row: Row, time_steps: int, format_: str) -> float:
     total = 0.0
     for kind in {kind for kind, _ in row.moved}:
         words, events, address_bits = (row.moved[kind, what] for what in ("words", "events", "address_bits"))
-        if kind not in ("binary", "scaled", "ternary"):
+        if kind not in ("binary", "scaled", "ternary", "code"):
             total += words * REAL_BYTES
             continue
         as_events = (address_bits + events * math.ceil(math.log2(time_steps))) / 8
-        as_bitmap = words * (2 if kind == "ternary" else 1) / 8
+        as_bitmap = (row.moved[kind, "bitmap_bits"] or words * (2 if kind == "ternary" else 1)) / 8
         total += {"events": as_events, "bitmap": as_bitmap, "cheaper": min(as_events, as_bitmap)}[format_]
     return total
 
@@ -66,15 +66,17 @@ def spiking_traffic(row: Row, memory: Memory, time_steps: int, texts: int) -> Tr
         return Traffic(weight=row.bytes) if row.weight_bits else Traffic(activation=row.bytes)
     moved = _moved_bytes(row, time_steps, memory.spikes)
     if row.role == "neuron":
-        return Traffic(activation=moved, membrane=2 * row.elements * REAL_BYTES)
+        return Traffic(activation=moved, membrane=2 * (row.state or row.elements) * REAL_BYTES)
     if row.role == "recurrence":
         return _state(row)
     if row.role != "matmul":
         return Traffic()
     reuse = memory.reuse_spiking if row.spike_driven else memory.reuse_dense
-    times = texts * (time_steps if row.timed and memory.traffic == "step" else 1)
+    every_step = row.steps or texts * (time_steps if row.timed else 1)
+    times = every_step if memory.traffic == "step" else texts
     weights = _matrix_reads(row, memory, row.ac + row.mac, reuse, times) * stored_bits(row.weight_bits) / 8
-    written = 0.0 if row.spike_driven else row.outputs * REAL_BYTES  # else outputs go straight to a neuron
+    to_neuron = row.spike_driven and not row.steps  # outputs of a layer with a code are real numbers
+    written = 0.0 if to_neuron else row.outputs * REAL_BYTES
     per_event = 2 * row.ac * REAL_BYTES if memory.event_driven and row.spike_driven else 0.0
     return Traffic(weights, moved + written, per_event)
 

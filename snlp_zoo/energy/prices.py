@@ -7,9 +7,10 @@ ELEMENTWISE: dict[str, tuple[str, dict[str, int]]] = {  # per element of the out
     **dict.fromkeys(("add", "sub", "rsub"), ("residual", {"add": 1})),
     **dict.fromkeys(("mul",), ("other", {"mul": 1})),
     **dict.fromkeys(("div", "reciprocal", "sqrt", "rsqrt", "pow"), ("other", {"div": 1})),
-    **dict.fromkeys(("exp", "erf", "sigmoid", "tanh", "log"), ("activation", {"exp": 1})),
+    **dict.fromkeys(("exp", "erf", "sigmoid", "tanh", "log", "sin", "cos"), ("activation", {"exp": 1})),
     **dict.fromkeys(("relu", "clamp", "clamp_min", "clamp_max", "maximum", "minimum"), ("activation", {"add": 1})),
     **dict.fromkeys(("eq", "ne", "ge", "gt", "le", "lt", "round", "floor", "ceil"), ("other", {"add": 1})),
+    "softplus": ("activation", {"exp": 2, "add": 1}),  # log(1 + exp(x))
     "square": ("activation", {"mul": 1}),
     "gelu": ("activation", {"exp": 1, "mul": 2, "add": 1}),
     "silu": ("activation", {"exp": 1, "mul": 1}),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from snlp_zoo.energy.report import split_texts
+from snlp_zoo.errors import EnergyError
 from snlp_zoo.layers.firing import membranes_watched
 from snlp_zoo.layers.neurons import ElasticBiSpike, ExplicitState, TernaryLIFNode, as_recorded
 from snlp_zoo.layers.watching import evaluating
@@ -36,7 +37,7 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Recorded]:
     """Neuron -> what it did on the first text of the batch, without padding.
 
     Raises:
-        EnergyError: as `split_texts`.
+        EnergyError: as `split_texts`, or no neuron keeps a membrane (converted models' do not).
     """
     kept: dict[str, list[tuple[Tensor, ...]]] = {}
 
@@ -49,6 +50,8 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Recorded]:
 
     with evaluating(model), membranes_watched(model, receive):
         model(**next(split_texts(batch)))
+    if not kept:
+        raise EnergyError(f"{type(model).__name__} has no neuron that keeps a membrane; there is nothing to record")
     found = {}
     for name, parts in kept.items():
         spikes, membranes, reached, threshold = (torch.cat(pieces) for pieces in zip(*parts, strict=True))

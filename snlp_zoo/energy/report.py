@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
 from snlp_zoo.energy.costs import COST_TABLES, MEMORY_MODELS, CostTable, Memory, break_even_rate, lookup, qnn_bits
-from snlp_zoo.energy.counting import Counting, Row, counting
+from snlp_zoo.energy.counting import Counting, counting
 from snlp_zoo.energy.movement import Traffic, dense_traffic, spiking_traffic
+from snlp_zoo.energy.rows import Row
 from snlp_zoo.errors import EnergyError
+from snlp_zoo.layers.spike_linear import SpikeLinear
 
 STATEMENT = (
     "An estimate from published constants of single operations, not a measurement; on GPUs spiking inference is "
@@ -37,9 +40,11 @@ class EnergyReport:
     spike_driven_energy_fraction: the same of their energy.
     totals: ac, mac, other (primitives outside products), bytes, pj and pj_per_token (both with memory).
     norm_ops, norm_ops_ratio: Norm#OPS of the linear layers with spiking inputs, and 5.1 / Norm#OPS.
-    layers: name, role, kind, spike_driven, nnz, elements, rate, ifr (spikes per neuron over all steps), ac, mac,
-    alternative (primitives of one multiplication per integer, in place of ac; pj is that of the cheaper), other, bytes,
-    pj.
+    layers: name, role, kind, spike_driven, nnz, elements, rate (nnz / elements), ifr (spikes per neuron over all steps;
+    of a code of whole numbers per number), ac, mac, alternative (primitives of one multiplication per integer, in place
+    of ac; pj is that of the cheaper), other, bytes, pj.
+    time_steps: T; of a converted model the largest of its layers' codes. break_even_rate: in each of the T steps.
+    codes: of a converted model its codes, spikes per activation, share of activations without, and the largest count.
     data: what was run, in words.
     coverage: every tensor operation seen, and how often; none was without a price.
     """
@@ -64,6 +69,7 @@ class EnergyReport:
     statement: str = STATEMENT
     measured: dict[str, Any] | None = None
     data: str = "given"
+    codes: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,18 +112,21 @@ def _own(value: Any, row: int, kept: Tensor, texts: int) -> Any:
 
 
 def count(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Counting, int, int, int]:
-    """Run every text and count: Counting, T, texts, tokens.
+    """Run every text and count: Counting, T (1 where no tensor has an axis of it), texts, tokens.
 
     Raises:
         EnergyError: an operation without a price, or nothing that spikes.
     """
     texts = list(split_texts(batch))
+    silent = EnergyError(f"{type(model).__name__} has no spiking neuron that ran; there is nothing to estimate")
+    if not any(isinstance(module, BaseNode | SpikeLinear) for module in model.modules()):
+        raise silent
     with counting(model) as counter:
         for text in texts:
             model(**text)
-    if not counter.steps:
-        raise EnergyError(f"{type(model).__name__} has no spiking neuron that ran; there is nothing to estimate")
-    steps = max(counter.steps.values()) // len(texts)
+    if not counter.steps and not counter.coded:
+        raise silent
+    steps = max(counter.steps.values(), default=len(texts)) // len(texts)
     return counter, steps, len(texts), sum(text["attention_mask"].shape[1] for text in texts)
 
 
@@ -140,7 +149,8 @@ def estimate(
         costs: a name in `COST_TABLES`, or a table.
         memory: a name in `MEMORY_MODELS`, or a `Memory`.
         baselines: of "dense_fp32", "dense_int8" (8-bit weights and activations, 32-bit sums) and "qnn" (8-bit weights,
-            activations of ceil(log2(T + 1)) bits); each is this network at T = 1 with real products and no neurons.
+            activations of ceil(log2(T + 1)) bits, in a converted model of the bits that tell all counts up to the
+            largest apart); each is this network at T = 1 with real products and no neurons.
             Floats, and what is outside products, are as the table has them.
     Raises:
         EnergyError: nothing spikes, only padding, an unpriced operation, spikes outside their declared alphabet, or an
@@ -154,8 +164,9 @@ def estimate(
     if counter.problems:
         raise EnergyError("; ".join(f"{where}: {what}" for where, what in counter.problems.items()))
     rows = list(counter.rows.values())
-    sides = [_Prices(rows, steps, texts, t, memory, baselines) for t in (table, *_others(table, memory))]
-    return _report(type(model).__name__, sides, tokens, dict(sorted(counter.seen.items())))
+    values = max((layer.values for layer in counter.coded.values()), default=0)
+    sides = [_Prices(rows, steps, texts, t, memory, baselines, values) for t in (table, *_others(table, memory))]
+    return _report(model, sides, tokens, counter)
 
 
 def _others(table: CostTable, memory: Memory) -> list[CostTable]:
@@ -164,7 +175,7 @@ def _others(table: CostTable, memory: Memory) -> list[CostTable]:
     return [other for other in COST_TABLES.values() if other != table and places <= dict(other.places).keys()]
 
 
-def _report(model: str, every: "list[_Prices]", tokens: int, seen: dict[str, int]) -> EnergyReport:
+def _report(model: nn.Module, every: "list[_Prices]", tokens: int, counter: Counting) -> EnergyReport:
     """`every`: the rows under the table asked for, and under all others."""
     prices = every[0]
     table, memory, steps, rows = prices.table, prices.memory, prices.steps, prices.rows
@@ -173,10 +184,11 @@ def _report(model: str, every: "list[_Prices]", tokens: int, seen: dict[str, int
     ac, mac = sum(row.ac for row in products), sum(row.mac for row in products)
     layers = [prices.layer(row) for row in rows]
     total = prices.energy["with_memory"]["spiking"]
-    norm_ops, break_even = _norm_ops(driven, steps), _break_even(driven, steps, table, memory)
+    time_steps = max([steps, *(layer.time_steps for layer in counter.coded.values())])
+    norm_ops, break_even = _norm_ops(driven, steps), _break_even(driven, time_steps, table, memory)
     return EnergyReport(
-        model=model,
-        time_steps=steps,
+        model=type(model).__name__,
+        time_steps=time_steps,
         texts=prices.texts,
         tokens=tokens,
         ratios=prices.ratios,
@@ -199,15 +211,17 @@ def _report(model: str, every: "list[_Prices]", tokens: int, seen: dict[str, int
         statement=STATEMENT if driven else f"{STATEMENT} {UNTOUCHED}",
         costs={"name": table.name, "version": table.version, "node_nm": table.node_nm, "sha256": table.sha256},
         memory=asdict(memory),
-        coverage={"operations": seen, "unpriced": []},
+        coverage={"operations": dict(sorted(counter.seen.items())), "unpriced": []},
+        codes=_codes(model, rows, counter),
     )
 
 
 class _Prices:
     """Rows under one table and memory model."""
 
-    def __init__(self, rows, steps: int, texts: int, table: CostTable, memory: Memory, baselines) -> None:
+    def __init__(self, rows, steps: int, texts: int, table: CostTable, memory: Memory, baselines, values=0) -> None:
         self.rows: list[Row] = rows
+        self.bits = qnn_bits(max(steps, values - 1))
         self.steps, self.texts, self.table, self.memory = steps, texts, table, memory
         sides = {"spiking": self._spiking(), **{name: self._baseline(name) for name in baselines}}
         self.energy = {level: {side: e[i] for side, e in sides.items()} for i, level in enumerate(LEVELS)}
@@ -227,7 +241,7 @@ class _Prices:
     def moving(self, row: Row) -> float:
         """pJ of a row's bytes, and of looking up the events its inputs are, if memory counts at all."""
         pj = self.traffic(row).pj(self.memory, self.table)
-        events = row.nnz if row.role == "matmul" and row.spike_driven and self.memory.name != "none" else 0
+        events = row.events if row.role == "matmul" and row.spike_driven and self.memory.name != "none" else 0
         return pj + self.table.pj({"event": events})
 
     def _spiking(self) -> tuple[float, float, float]:
@@ -236,7 +250,7 @@ class _Prices:
         return matmul, every, every + sum(map(self.moving, self.rows))
 
     def _baseline(self, name: str) -> tuple[float, float, float]:
-        bits = qnn_bits(self.steps) if name == "qnn" else 8
+        bits = self.bits if name == "qnn" else 8
         mac = self.table.mac if name == "dense_fp32" else self.table.integer_mac(bits)
         weight_bytes, activation_bytes = (4.0, 4.0) if name == "dense_fp32" else (1.0, bits / 8)
         matmul = other = moved = 0.0
@@ -253,7 +267,7 @@ class _Prices:
         return matmul, matmul + other, matmul + other + moved
 
     def layer(self, row: Row) -> dict[str, Any]:
-        rate = row.nnz / row.elements if row.elements else None
+        rate, fired = (number / row.elements if row.elements else None for number in (row.nnz, row.events))
         return {
             "name": row.name,
             "role": row.role,
@@ -262,7 +276,7 @@ class _Prices:
             "nnz": row.nnz,
             "elements": row.elements,
             "rate": rate,
-            "ifr": None if rate is None else rate * (self.steps if row.timed else 1),
+            "ifr": None if fired is None else fired * (self.steps if row.timed else 1),
             "ac": row.ac,
             "mac": row.mac,
             "alternative": dict(row.alternative),
@@ -272,11 +286,26 @@ class _Prices:
         }
 
 
+def _codes(model: nn.Module, rows: list[Row], counter: Counting) -> dict[str, Any] | None:
+    """Over all layers with a code of whole numbers, each activation counted once."""
+    coded = [row for row in rows if row.role == "matmul" and row.name in counter.coded]
+    if not coded:
+        return None
+    layers = [model.get_submodule(name) for name in counter.coded]
+    activations = sum(row.elements for row in coded)
+    return {
+        "codes": sorted({str(layer.code) for layer in layers}),
+        "spikes_per_activation": sum(row.spikes for row in coded) / activations,
+        "zero_share": 1 - sum(row.nnz for row in coded) / activations,
+        "largest_count": max(found.largest for found in counter.coded.values()),
+    }
+
+
 def _norm_ops(driven: list[Row], steps: int) -> float:
     """Sum of IFR_i OPS_(i+1) over sum of OPS_i, linear layers with spiking inputs only (Lu and Sengupta 2020)."""
     linear = [row for row in driven if row.weight_bits and (row.timed or steps == 1)]
     operations = sum(row.dense for row in linear) / steps
-    return sum(row.nnz * row.fan_out for row in linear) / operations if operations else 0.0
+    return sum((row.sizes or row.nnz) * row.fan_out for row in linear) / operations if operations else 0.0
 
 
 def _break_even(driven: list[Row], steps: int, table: CostTable, memory: Memory) -> float:
@@ -284,6 +313,7 @@ def _break_even(driven: list[Row], steps: int, table: CostTable, memory: Memory)
     linear = [row for row in driven if row.weight_bits] or driven
     if not linear:
         return 0.0
+    spikes, sizes = sum(row.spikes for row in linear), sum(row.sizes for row in linear)
     word = {name: 4 * table.pj_per_byte(getattr(memory, name)) for name in ("weight", "activation", "membrane")}
     if memory.traffic != "event":
         word["weight"] = 0.0
@@ -292,6 +322,7 @@ def _break_even(driven: list[Row], steps: int, table: CostTable, memory: Memory)
         **word,
         mac=table.mac,
         ac=table.pj({"add": 1}),
+        size=sizes / spikes if spikes else 1.0,
         fan_in=round(sum(row.fan_in for row in linear) / len(linear)),
         fan_out=round(sum(row.fan_out for row in linear) / len(linear)),
         reuse_dense=memory.reuse_dense,

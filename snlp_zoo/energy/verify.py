@@ -48,7 +48,8 @@ def verify_spikes(model: nn.Module, batch: Mapping[str, Any], claimed_fraction: 
     """Check a model's claims about its spikes on the data of one batch.
 
     Claims: a neuron gives its declared alphabet (`spike_kind`); so does every tensor made of its spikes that enters a
-    product; modules matching the patterns in the model's `spike_driven` have spikes on one side of every product.
+    product; modules matching the patterns in the model's `spike_driven` have spikes on one side of every product; the
+    spikes of every `SpikeLinear` are of its code's alphabet and say the counts it computes with.
 
     Args:
         model, batch: as in `estimate`.
@@ -63,7 +64,7 @@ def verify_spikes(model: nn.Module, batch: Mapping[str, Any], claimed_fraction: 
     products, failures = [], dict(counter.problems)
     for row in (row for row in counter.rows.values() if row.role == "matmul"):
         operands = [operand for operand in counter.operands if operand.layer == row.name]
-        claimed = any(fnmatch(row.name, pattern) for pattern in patterns)
+        claimed = row.name in counter.coded or any(fnmatch(row.name, pattern) for pattern in patterns)
         problem = next((operand.problem for operand in operands if operand.problem), None)
         if claimed and not row.spike_driven:
             problem = f"declared spike-driven, but it multiplies {row.kind}"

@@ -18,6 +18,7 @@ TINY = [
     for name in registry.list_entries()
     if "_tiny" in name
     and (entry := registry.load_entry(name)).recipe is None
+    and entry.convert is None
     and entry.model_type != "spikegpt"  # its time is that of tokens: test_spikegpt_counts.py
 ]
 SPIKEBERT = [entry for entry in TINY if entry.startswith("spikebert")]  # without softmax, with counts of spikes

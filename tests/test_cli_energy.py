@@ -63,6 +63,18 @@ def test_energy_of_a_model_over_tokens_says_where_its_spikes_are_not(trained):
     assert "every claim holds; spike-driven fraction 0.00 %" in run("verify", "spikegpt_tiny", "--tokens", 9)
 
 
+def test_energy_of_converted_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build("spiking_llama_tiny").save_pretrained(tmp_path / "model")
+    found = json.loads(run("energy", "model", "--tokens", 9, "--json"))
+    assert (found["codes"]["codes"], found["tokens"]) == (["bitwise"], 9)
+    assert 0 < found["spike_driven_fraction"] < 1
+    assert "(code ternary; the largest count is" in run("energy", "spiking_mamba_tiny", "--tokens", 9)
+    assert "spikes model.layers.0.mlp.up_proj: ternary x real" in run("verify", "model", "--tokens", 9)
+    with pytest.raises(EnergyError, match="no neuron that keeps a membrane"):
+        run("plots", "model")
+
+
 def test_texts_of_a_language_model_need_no_padding_and_have_no_limit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     build("spikegpt_tiny").save_pretrained(tmp_path / "model")

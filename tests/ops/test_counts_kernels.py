@@ -17,21 +17,11 @@ from snlp_zoo.ops.counts import counts
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [
+    pytest.mark.usefixtures("dirty_memory"),
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
     *([pytest.mark.gpu] if CUDA else []),
 ]
 LIMITS = [(None, None), (None, torch.float32), (100, torch.int8), (127, torch.int8), (7, None), (1, torch.bfloat16)]
-
-
-@pytest.fixture(autouse=True)
-def _memory_is_dirty():
-    """What a kernel forgets to write is NaN, or the largest integer."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_as_specified(x, k=3, **options):

@@ -10,6 +10,7 @@ from snlp_zoo.ops.int8_linear import int8_linear, quantise_int8
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [
+    pytest.mark.usefixtures("dirty_memory"),
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
     *([pytest.mark.gpu] if CUDA else []),
 ]

@@ -32,6 +32,7 @@ SHAPES = [(1, 1), (1, 2, 3), (5, 7, 3), (4, 0, 5), (41, 2, 3), (7,), (3, 1, 101)
 MEMBRANE = {"tau": 2.7, "v_threshold": 0.8}
 TERNARY = {"beta": 0.3}
 STEPS = 1000 if CUDA else 67  # the interpreter is slow
+pytestmark = pytest.mark.usefixtures("dirty_memory")
 
 
 def kernels():
@@ -45,17 +46,6 @@ def kernels():
 @pytest.fixture(params=kernels())
 def backend(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _memory_is_dirty():
-    """What a kernel forgets to write is NaN, or the largest integer."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(False)
 
 
 def normal(*shape, scale=1.0, shift=0.0, dtype=torch.float32):

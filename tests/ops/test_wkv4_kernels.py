@@ -21,22 +21,12 @@ TRITON = pytest.param(
         *([pytest.mark.gpu] if CUDA else []),
     ],
 )
+pytestmark = pytest.mark.usefixtures("dirty_memory")
 KERNELS = pytest.mark.parametrize("backend", [TRITON])
 OPERATORS = pytest.mark.parametrize("backend", ["torch", TRITON])
 COMPILED = pytest.mark.parametrize(  # an opaque operator: there the kernel itself need not run in the interpreter
     "backend", ["torch", pytest.param("triton", marks=[TRITON.marks[0], pytest.mark.gpu])]
 )
-
-
-@pytest.fixture(autouse=True)
-def _memory_is_dirty():
-    """What a kernel forgets to write is NaN."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(False)
 
 
 def leaf(x, dtype=torch.float32):

@@ -130,7 +130,11 @@ def load_dense(source: Source, dtype: str | torch.dtype | None = None) -> PreTra
     try:
         if source.gguf:
             read = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=source.gguf, dtype=dtype or torch.float32, trust_remote_code=False
+                folder,
+                gguf_file=source.gguf,
+                dtype=dtype or torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
             return _without_quantiser(read).eval()
         stored_weights(*locate(folder))

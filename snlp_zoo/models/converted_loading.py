@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from snlp_zoo.errors import CheckpointError
@@ -38,7 +38,7 @@ def load_converted(folder: Path, *, allow_missing: bool = False, **options: Any)
     refuse_code(folder, content)
     try:
         conversion = SpikingConversionConfig(**content["quantization_config"])
-        config = model_class.config_class.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, TypeError, OSError) as error:
         raise CheckpointError(f"cannot load {folder}/config.json: {' '.join(str(error).split())[:300]}") from error
     held = stored_weights(*locate(folder), options.get("variant"))

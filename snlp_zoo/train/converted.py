@@ -18,7 +18,7 @@ from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.models.converted import METHOD, SpikingConversionConfig, convert_in_place, is_converted, set_window
 from snlp_zoo.train.parts import refuse_untrainable
 from snlp_zoo.train.recipe import Recipe
-from snlp_zoo.train.teacher import from_pretrained, label_options
+from snlp_zoo.train.teacher import label_options, teacher_from_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def make_converted(
 def _start_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     part = recipe.model
     if part.init_from == "teacher" and recipe.teacher:
-        return from_pretrained(AutoConfig, recipe.teacher)
+        return teacher_from_pretrained(AutoConfig, recipe.teacher)
     if part.init_from == "scratch":
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
         values = {"vocab_size": len(tokenizer)} | special | part.config

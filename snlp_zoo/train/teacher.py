@@ -82,7 +82,7 @@ def _read_gguf(auto: Any, source: Source) -> Any:
     return auto.from_pretrained(source.folder, **source.options())
 
 
-def from_pretrained(auto: Any, part: TeacherPart, **options: Any) -> Any:
+def teacher_from_pretrained(auto: Any, part: TeacherPart, **options: Any) -> Any:
     """`from_pretrained` with one clear error for whatever goes wrong with a teacher."""
     try:
         if source := _gguf_source(part.name):
@@ -103,7 +103,7 @@ def load_tokenizer(part: TeacherPart) -> PreTrainedTokenizerBase:
     Raises:
         RecipeError: it cannot be loaded, or knows no words: transformers makes an empty one where files are missing.
     """
-    tokenizer = from_pretrained(AutoTokenizer, part)
+    tokenizer = teacher_from_pretrained(AutoTokenizer, part)
     if knows_no_words(tokenizer):
         raise RecipeError(f"teacher {part.name!r} has no tokenizer beside its weights; put its files there")
     return tokenizer
@@ -115,7 +115,7 @@ def check_attention_scores(part: TeacherPart) -> None:
     Raises:
         RecipeError: they cannot, or there is no such teacher.
     """
-    config = from_pretrained(AutoConfig, part)
+    config = teacher_from_pretrained(AutoConfig, part)
     with torch.device("meta"):
         score_projections(AutoModel.from_config(config))
 
@@ -127,7 +127,9 @@ def check_layer_map(recipe: Recipe, student_layers: int) -> None:
         RecipeError: it has not, or there is no such teacher.
     """
     if recipe.teacher and recipe.layer_map not in LAYER_MAPS:
-        layer_pairs(student_layers, from_pretrained(AutoConfig, recipe.teacher).num_hidden_layers, recipe.layer_map)
+        layer_pairs(
+            student_layers, teacher_from_pretrained(AutoConfig, recipe.teacher).num_hidden_layers, recipe.layer_map
+        )
 
 
 def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
@@ -139,7 +141,7 @@ def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
     compared = [name for name in recipe.objectives if OBJECTIVES[name].unit == "logit"]
     if not (recipe.teacher and compared):
         return
-    config = from_pretrained(AutoConfig, recipe.teacher).get_text_config()
+    config = teacher_from_pretrained(AutoConfig, recipe.teacher).get_text_config()
     positions = getattr(config, "max_position_embeddings", recipe.data.max_length)
     if recipe.data.max_length > positions:
         raise RecipeError(f"data.max_length {recipe.data.max_length} is more than the teacher's {positions} positions")
@@ -159,10 +161,12 @@ def augmented(job: Job) -> Job:
     part, options = job.recipe.teacher, job.recipe.data.augment
     if options is None or part is None or not isinstance(job.data.train, Tokenised):
         return job
-    config = from_pretrained(AutoConfig, part)
+    config = teacher_from_pretrained(AutoConfig, part)
     has_head = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     auto = AutoModelForMaskedLM if has_head else AutoModel
-    model = from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32).to(job.accelerator.device).eval()
+    model = (
+        teacher_from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32).to(job.accelerator.device).eval()
+    )
     with status(job.accelerator, "altering copies of the texts"):
         train = augment(job.data.train, job.tokenizer, model, **options.model_dump(), seed=job.recipe.data.seed)
     return replace(job, data=job.data._replace(train=train))
@@ -184,10 +188,10 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
                 teacher.set_attn_implementation("eager")
         else:
             auto = AutoModelForCausalLM if job.recipe.head == "causal-lm" else AutoModel
-            teacher = from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32, **eager)
+            teacher = teacher_from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32, **eager)
         return teacher.to(accelerator.device).eval()
     if part.tune == "none":
-        teacher = from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **eager)
+        teacher = teacher_from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **eager)
         classes = len(label_names) if label_names else 1
         if teacher.config.num_labels != classes:
             raise RecipeError(
@@ -209,7 +213,7 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
 def _tune(job: Job, part: TeacherPart) -> PreTrainedModel:
     folder = job.folder / "teacher"
     set_seed(part.train.seed)  # of the new classifier
-    teacher = from_pretrained(
+    teacher = teacher_from_pretrained(
         AutoModelForSequenceClassification,
         part,
         use_safetensors=True,

@@ -58,6 +58,7 @@ def run(monkeypatch, capsys, tmp_path):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["snlp-zoo", "convert", *map(str, arguments)])
+        capsys.readouterr()  # what making the folders has said
         code = 0
         try:
             cli.main()

@@ -15,6 +15,7 @@ from snlp_zoo.convert.calibration import CalibrationReport, calibrate
 from snlp_zoo.convert.source import find_source, load_dense, load_tokenizer
 from snlp_zoo.convert.spiking import to_spiking
 from snlp_zoo.convert.targets import check_targets
+from snlp_zoo.convert.writing import refuse_full
 from snlp_zoo.data.batches import longest
 from snlp_zoo.data.demo import load_tweets
 from snlp_zoo.data.unlabelled import read_documents
@@ -110,10 +111,8 @@ def convert(
 def _new_folder(dst: str | Path | None) -> Path:
     if dst is None:
         raise ConversionError("convert: name a new folder for the model; only zoo entries have a place of their own")
-    folder = Path(dst)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"cannot write {folder}: it exists; name a new folder, or remove it")
-    return folder
+    refuse_full(Path(dst))
+    return Path(dst)
 
 
 def _batches(

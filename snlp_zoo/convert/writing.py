@@ -58,8 +58,7 @@ def write(
         RecipeError: a size is out of bounds, or a configuration field is unknown or bad.
         DataError: the text is shorter than two tokens, cannot be read, or has tokens that the model lacks.
     """
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise CheckpointError(f"cannot write {dst}: it exists; name a new folder, or remove it")
+    refuse_full(dst)
     words = None if tokenizer is None else registry.load_tokenizer(Path(tokenizer))
     ids = None if text is None else _tokens(text, words, config["vocab_size"])
     candidates = {}
@@ -82,6 +81,12 @@ def write(
         raise CheckpointError(f"cannot write {dst}: {error}") from error
     found = {"binary" if binary else "real": loss for binary, (_, loss) in candidates.items() if loss is not None}
     return Converted(str(dst), model.num_parameters(), {**config, "binary_embedding": chosen}, found)
+
+
+def refuse_full(dst: Path) -> None:
+    """Raises CheckpointError unless `dst` does not exist or is an empty folder."""
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise CheckpointError(f"cannot write {dst}: it exists; name a new folder, or remove it")
 
 
 def _tokens(text: str | Path, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> Tensor:

@@ -29,7 +29,6 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
 
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.errors import CheckpointError, DataError, Interrupted, RecipeError
@@ -49,6 +48,8 @@ from snlp_zoo.train.evaluation import (
 )
 from snlp_zoo.train.files import recover_folder, replace_file, replace_folder
 from snlp_zoo.train.firing import FiringWatch
+from snlp_zoo.train.graphs import ReplayedSteps, can_replay, padded
+from snlp_zoo.train.optimizer import make_optimizer, make_scheduler
 from snlp_zoo.train.parts import TrainPart, warn_of_unreached_windows, window_number
 from snlp_zoo.train.processes import StopSignals
 from snlp_zoo.train.schedules import Schedule, value_at
@@ -116,13 +117,7 @@ class Trainer:
         if settings.freeze_embeddings:
             base: Any = distiller.student.base_model
             getattr(base, "embeddings", base.get_input_embeddings()).requires_grad_(False)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(distiller, settings),
-            lr=settings.learning_rate,
-            betas=settings.adam_betas,
-            eps=settings.adam_epsilon,
-            fused=True,
-        )
+        optimizer = make_optimizer(distiller, settings)
         accelerator.free_memory()
         if accelerator.is_fsdp2:
             _shard_by_layer(accelerator, distiller)
@@ -145,8 +140,8 @@ class Trainer:
         self.planned = planned = settings.steps or per_epoch * settings.epochs
         self.total_steps = min(settings.max_steps or planned, planned)
         self.eval_steps, self.save_steps = settings.eval_steps or per_epoch, settings.save_steps or per_epoch
-        warmup = round(settings.warmup_ratio * planned)
-        self.scheduler = _scheduler(self.optimizer, settings, warmup, planned)
+        self.scheduler = make_scheduler(self.optimizer, settings, planned)
+        self.replayed = ReplayedSteps(self.module, self._backward) if can_replay(accelerator, settings) else None
         # ranks start from the same weights and draw different dropout masks
         set_seed(settings.seed, device_specific=True)
 
@@ -202,6 +197,15 @@ class Trainer:
         """One optimiser step over the batches of an accumulation window; the objectives' global means [objectives]."""
         self.module.train()
         self._follow_schedules()
+        means = self._replay(self.replayed, *window) if self.replayed else self._accumulate(window)
+        self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return means
+
+    def _accumulate(self, window: list[dict[str, Tensor]]) -> Tensor:
+        """Gradients of the batches of a window; the objectives' global means."""
         totals = torch.stack([self.distiller.counts(batch) for batch in window]).sum(0).to(self.weights.device)
         means = torch.zeros_like(self.weights)
         for i, whole in enumerate(window):
@@ -214,11 +218,17 @@ class Trainer:
                 # gradients are averaged over ranks, the shares already add up to one
                 self.accelerator.backward((losses * self.weights).sum() * self.accelerator.num_processes)
             means += losses.detach()
-        self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
         return means
+
+    def _replay(self, replayed: ReplayedSteps, batch: dict[str, Tensor]) -> Tensor:
+        """`_accumulate` of one batch, without launching its kernels one by one."""
+        return replayed(padded(own_rows(self.accelerator, batch), self.distiller.student.config))
+
+    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+        with self.accelerator.autocast():
+            losses = self.module(batch)
+        (losses * self.weights).sum().backward()
+        return losses.detach()
 
     def _follow_schedules(self) -> None:
         """Weights, temperature and window of this step; set where they change only: a compiled student would compile
@@ -227,13 +237,15 @@ class Trainer:
         progress = self._share(self.progress.step)
         values = [value_at(scheduled, progress) for scheduled in self.scheduled]
         if values[1:] != self.values[1:]:
-            self.weights = torch.tensor(values[1:], device=self.accelerator.device)
+            self.weights.copy_(torch.tensor(values[1:]))  # in place: a captured step reads them there
         if values[:1] != self.values[:1]:
             set_surrogate_temperature(self.distiller.student, values[0])
         self.values = values
         if self.settings.window and (number := window_number(self.settings.window, progress)) != self.window:
             self.window = number
             set_window(self.distiller.student, **self._window())
+            if self.replayed:
+                self.replayed.forget()
 
     def _share(self, step: int) -> float:
         """How far into the planned run a step is, in [0, 1]."""
@@ -367,14 +379,6 @@ def _shard_by_layer(accelerator: Accelerator, distiller: Distiller) -> None:
     plugin.transformer_cls_names_to_wrap = [*sorted(layers), type(student).__name__]
 
 
-def _scheduler(optimizer: Any, settings: TrainPart, warmup: int, planned: int) -> Any:
-    if settings.min_learning_rate:
-        floor = {"min_lr": settings.min_learning_rate}
-        return get_scheduler("cosine_with_min_lr", optimizer, warmup, planned, scheduler_specific_kwargs=floor)
-    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-    return get_scheduler(schedule, optimizer, warmup, planned)
-
-
 def _windows(batches: Iterator[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:
     while window := list(islice(batches, size)):
         yield window
@@ -382,15 +386,3 @@ def _windows(batches: Iterator[dict[str, Tensor]], size: int) -> Iterator[list[d
 
 def _no_sync(accelerator: Accelerator, module: nn.Module, active: bool) -> Any:
     return accelerator.no_sync(module) if active else nullcontext()
-
-
-def _parameter_groups(distiller: Distiller, settings: TrainPart) -> list[dict[str, Any]]:
-    """Weight decay on weight matrices only: biases, norms, amplitudes and shares of heads keep their size."""
-    decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in distiller.named_parameters():
-        if parameter.requires_grad:
-            decayed[parameter.ndim > 1 and name.endswith("weight")].append(parameter)
-    return [
-        {"params": decayed[True], "weight_decay": settings.weight_decay},
-        {"params": decayed[False], "weight_decay": 0.0},
-    ]

@@ -3,13 +3,14 @@
 
 from snlp_zoo.data.files import read_rows
 from snlp_zoo.data.text import TextSet, TextSplits, load_splits, read_set
-from snlp_zoo.data.unlabelled import load_documents, load_unlabelled, read_documents
+from snlp_zoo.data.unlabelled import load_documents, load_transfer, load_unlabelled, read_documents
 
 __all__ = [
     "TextSet",
     "TextSplits",
     "load_documents",
     "load_splits",
+    "load_transfer",
     "load_unlabelled",
     "read_documents",
     "read_rows",

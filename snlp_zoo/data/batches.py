@@ -42,6 +42,14 @@ class Tokenised:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def take(self, rows: Sequence[int]) -> "Tokenised":
+        """The texts with these numbers, in this order."""
+
+        def of(column: Any) -> Any:
+            return None if column is None else [column[row] for row in rows]
+
+        return Tokenised(of(self.input_ids), of(self.token_type_ids), of(self.labels), self.truncated)
+
 
 def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: TextSet, max_length: int) -> Tokenised:
     """Token ids of every text (or pair), at most max_length with the special tokens; the longer of a pair is cut first.

@@ -16,6 +16,7 @@ from typing import Any
 
 from snlp_zoo.data import demo
 from snlp_zoo.data.files import KNOWN, Table, nearest, neighbours, read_table, suffix
+from snlp_zoo.data.wording import disjoint_rows
 from snlp_zoo.errors import DataError
 
 # The names a split goes by, in local folders and on the Hub (`dev` and `matched` are GLUE's).
@@ -60,12 +61,15 @@ class TextSet:
 
 @dataclass(frozen=True)
 class TextSplits:
-    """Three splits without a common row; label_names is None for regression and for text without labels."""
+    """Three splits without a common row; label_names is None for regression and for text without labels. The texts of
+    `transfer` are more training texts, for a teacher to label.
+    """
 
     train: TextSet
     validation: TextSet
     test: TextSet
     label_names: list[str] | None
+    transfer: TextSet = TextSet([])
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ def load_splits(
     validation_size: int | None = None,
     test_size: int | None = None,
     seed: int = 0,
+    disjoint: bool = False,
 ) -> TextSplits:
     """Train, validation and test split of a source; the same seed gives the same splits and subsets.
 
@@ -102,11 +107,14 @@ def load_splits(
         label_names: one name per class, in class order. None takes the data set's names, else the sorted strings
             or the integers 0..n-1 of the train split; labels such as 3.5 make it a regression.
         train_size, validation_size, test_size: examples to keep, None for all.
+        disjoint: what is carved from train shares no wording with what stays there, see `wording.disjoint_rows`, and
+            has validation_size or test_size examples.
     Raises:
         DataError: the source cannot be found or read, a column is missing, a text is empty, a label is unknown.
     """
     sets, names = read_splits(source, name, Columns(text, text_pair, label), label_names)
-    train, validation, test = carve(sets, ("validation", "test"), seed)
+    sizes = {"validation": validation_size, "test": test_size}
+    train, validation, test = carve(sets, ("validation", "test"), seed, sizes if disjoint else None)
     return TextSplits(
         train.subset(train_size, seed), validation.subset(validation_size, seed), test.subset(test_size, seed), names
     )
@@ -222,20 +230,28 @@ def _hidden(table: Table | None, label: str) -> bool:
     return table is not None and all(row.get(label) in (-1, "-1") for row in table.rows)
 
 
-def carve(sets: dict[str, TextSet], wanted: tuple[str, ...], seed: int) -> list[TextSet]:
+def carve(
+    sets: dict[str, TextSet], wanted: tuple[str, ...], seed: int, sizes: dict[str, int | None] | None = None
+) -> list[TextSet]:
     """Train and the wanted splits; what is missing is taken from train, a tenth of its rows per split.
 
+    Args:
+        sizes: of the wanted splits, see `wording.disjoint_rows`, which then chooses the rows; None: any rows.
     Raises:
         DataError: train has too few rows.
     """
     train, given = sets["train"], [sets[split] for split in wanted if split in sets]
-    order, tenth, missing = shuffled(len(train), seed), max(1, len(train) // 10), len(wanted) - len(given)
+    missing = wanted[: len(wanted) - len(given)]  # the only split beside train is the one to report
     if not missing:
         return [train, *given]
-    if len(train) <= missing * tenth:
-        raise DataError(f"{len(train)} train rows are too few to carve {missing} more splits from; give more rows")
-    carved = [train.take(order[start : start + tenth]) for start in range(0, missing * tenth, tenth)]
-    return [train.take(order[missing * tenth :]), *carved, *given]  # the only split beside train is the one to report
+    if sizes is not None:
+        chosen = disjoint_rows(train.texts, [sizes[split] for split in missing], seed)
+        return [*map(train.take, chosen), *given]
+    order, tenth = shuffled(len(train), seed), max(1, len(train) // 10)
+    if len(train) <= len(missing) * tenth:
+        raise DataError(f"{len(train)} train rows are too few to carve {len(missing)} more splits from; give more rows")
+    carved = [train.take(order[start : start + tenth]) for start in range(0, len(missing) * tenth, tenth)]
+    return [train.take(order[len(missing) * tenth :]), *carved, *given]
 
 
 LabelCode = Callable[

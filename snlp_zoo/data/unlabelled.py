@@ -42,6 +42,17 @@ def load_unlabelled(
     return train.subset(train_size, seed), validation.subset(validation_size, seed)
 
 
+def load_transfer(
+    source: str | Sequence[str], *, text: str | Sequence[str] = "text", size: int | None = None, seed: int = 0
+) -> TextSet:
+    """All training texts of sources as `load_unlabelled` reads them, or a seeded sample of this size.
+
+    Raises:
+        DataError: as `load_unlabelled`.
+    """
+    return _gathered(source, None, text, None, ())["train"].subset(size, seed)
+
+
 def load_documents(
     source: str | Sequence[str],
     *,
@@ -92,7 +103,7 @@ def _gathered(
         for split, texts in _read(one, name, names, text_pair, whole="test" in wanted):
             if split in splits:
                 splits[split].append(texts)
-    if not splits["train"]:  # validation files alone are as good as any
+    if not splits["train"] and "validation" in splits:  # validation files alone are as good as any
         splits |= {"train": splits["validation"], "validation": []}
     return {split: _joined(parts) for split, parts in splits.items() if parts}
 

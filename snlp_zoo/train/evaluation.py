@@ -72,6 +72,24 @@ def evaluate(accelerator: Accelerator, model: PreTrainedModel, loader: DataLoade
     return scores | _shares(counts)
 
 
+@torch.no_grad()
+def predicted_labels(
+    accelerator: Accelerator, model: PreTrainedModel, loader: DataLoader, label: str
+) -> list[int] | list[float]:
+    """The class that a classifier gives each example of a loader of global batches, or its value for a regression, in
+    the order of their numbers. Equal on every rank.
+    """
+    rows: list[tuple[int, Any]] = []
+    with evaluating(model):
+        for whole in tqdm(loader, desc=label, leave=False, mininterval=1.0, disable=None):
+            batch = own_rows(accelerator, whole)
+            logits = model(**model_inputs(never_empty(batch, whole), model)).logits.float()
+            if len(batch["index"]):
+                found = logits.argmax(-1) if logits.shape[-1] > 1 else logits[:, 0]
+                rows += zip(batch["index"].tolist(), found.tolist(), strict=True)
+    return [value for _, value in sorted(gather_object(rows))]
+
+
 def _evaluate_language(
     accelerator: Accelerator, model: PreTrainedModel, loader: DataLoader, stream: Stream, label: str
 ) -> dict[str, float]:

@@ -83,6 +83,14 @@ class TokenizerPart(Part):
 _OneOrMore = str | Annotated[list[str], Field(min_length=1)]
 
 
+class TransferPart(Part):
+    """Texts without labels that the tuned teacher labels for the student; see `data.load_transfer`."""
+
+    source: _OneOrMore
+    text: _OneOrMore = "text"
+    size: int | None = Field(None, ge=1)  # seeded subset; None takes all
+
+
 class DataPart(Part):
     """Where text comes from; see `data.load_splits`, and for lists `data.load_unlabelled` (a label of null) and
     `data.load_documents` (language models).
@@ -99,8 +107,12 @@ class DataPart(Part):
     train_size: int | None = Field(None, ge=1)  # seeded subset; None takes all
     validation_size: int | None = Field(None, ge=1)
     test_size: int | None = Field(None, ge=1)
+    # training texts that hold validation or test texts of a labelled stage: left out, or only counted
+    overlap: Literal["drop", "report"] = "drop"
+    disjoint: bool = False  # splits carved from train share no wording with what stays, see `data.load_splits`
     seed: int = 0  # of the splits, the subsets and the altered copies
     augment: AugmentPart | None = None  # of the student's training split alone
+    transfer: TransferPart | None = None  # more training examples of the student
 
 
 _Share = Annotated[float, Field(ge=0, lt=1)]

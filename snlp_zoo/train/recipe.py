@@ -108,11 +108,20 @@ class Recipe(Part):
                 raise RecipeError("model.init_from: there is no teacher to start from; name one, or use 'scratch'")
             if self.data.augment:
                 raise RecipeError("data.augment: the teacher chooses the words, and there is none; leave it out")
+            if self.data.transfer:
+                raise RecipeError("data.transfer: the teacher labels its texts, and there is none; leave it out")
         elif self.tokenizer:
             raise RecipeError("tokenizer: student and teacher read the same ids, those of the teacher's; leave it out")
         if self.task:
             self._fitting_language_model()
+        self._fitting_splits()
         return self
+
+    def _fitting_splits(self) -> None:
+        asked = [key for key in ("transfer", "disjoint") if getattr(self.data, key)]
+        if asked and (self.head != "sequence-classification" or self.data.text_pair):
+            kind = "text pairs" if self.data.text_pair else "a language model" if self.task else "text without labels"
+            raise RecipeError(f"data.{asked[0]} is for single texts with labels, not for {kind}; leave it out here")
 
     def _fitting_language_model(self) -> None:
         if self.teacher and self.teacher.tune != "none":

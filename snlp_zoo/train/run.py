@@ -22,18 +22,19 @@ from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.train.checkpoints import started_with
 from snlp_zoo.train.evaluation import evaluate, evaluate_through
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
-from snlp_zoo.train.job import Job, read_texts, read_tokens, status
+from snlp_zoo.train.job import Job, StageTexts, read_run_texts, read_tokens, status
 from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
 from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
 from snlp_zoo.train.student import find_tokenizer, load_projection, make_student, save_projection, student_config
-from snlp_zoo.train.summary import spiking, test_scores, validation_row, validation_scores
+from snlp_zoo.train.summary import join_overlap, report_overlap, spiking, test_scores, validation_row, validation_scores
 from snlp_zoo.train.teacher import (
     augmented,
     check_attention_scores,
     check_layer_map,
     check_vocabulary,
     prepare_teacher,
+    with_transfer,
 )
 
 if TYPE_CHECKING:
@@ -101,36 +102,40 @@ def _distill(
 
 def _read_jobs(accelerator: "Accelerator", recipe: Recipe, folder: Path, resume: bool) -> dict[Path, Job | None]:
     """Folder -> what its run or stage works with, None for a finished stage; all that can be wrong is found here."""
-    jobs: dict[Path, Job | None] = {}
-    for path, part in stage_recipes(recipe, folder):
-        if resume and recipe.stages and (path / "summary.json").is_file():
-            jobs[path] = None
-        else:
-            jobs[path] = _read_job(accelerator, part, path, resume, jobs)
-            resume = False  # what lies in later stages' folders is from an earlier start
+    stages, jobs = stage_recipes(recipe, folder), dict[Path, Job | None]()
+    done = [resume and bool(recipe.stages) and (path / "summary.json").is_file() for path, _ in stages]
+    finished = (*done, False).index(False)  # what lies in later stages' folders is from an earlier start
+    with status(accelerator, "reading the texts"):
+        texts = read_run_texts([part for _, part in stages], finished)
+    for number, ((path, part), read) in enumerate(zip(stages, texts, strict=True)):
+        jobs[path] = _read_job(accelerator, part, path, resume and number == finished, read, jobs) if read else None
     accelerator.wait_for_everyone()  # no rank writes before all have looked
     return jobs
 
 
 def _read_job(
-    accelerator: "Accelerator", recipe: Recipe, folder: Path, resume: bool, before: dict[Path, Job | None]
+    accelerator: "Accelerator",
+    recipe: Recipe,
+    folder: Path,
+    resume: bool,
+    texts: StageTexts,
+    before: dict[Path, Job | None],
 ) -> Job:
-    def source(other: Recipe) -> tuple[Any, ...]:
-        read_by = (
-            (other.teacher.name, other.teacher.revision) if other.teacher else (other.tokenizer, other.model.init_from)
-        )
-        return other.head, other.data.model_copy(update={"augment": None}), read_by
+    def read_by(other: Recipe) -> tuple[Any, ...]:
+        if other.teacher:
+            return other.teacher.name, other.teacher.revision
+        return other.tokenizer, other.model.init_from
 
-    start = recipe.model.init_from
-    same = next((job for job in before.values() if job and source(job.recipe) == source(recipe)), None)
+    start, sharing = recipe.model.init_from, [job for job in before.values() if job and job.data.texts is texts.splits]
+    same = next((job for job in sharing if read_by(job.recipe) == read_by(recipe)), None)
     if same:  # stages often share their texts
         job = replace(same, recipe=recipe, folder=folder, resume=resume)
     else:
         with status(accelerator, "reading the texts"):
-            texts, earlier = read_texts(recipe), before.get(Path(start))
-            tokenizer = find_tokenizer(recipe, texts, earlier.tokenizer if earlier else None)
-            data = read_tokens(recipe, texts, tokenizer)
-        job = Job(accelerator, recipe, tokenizer, data, folder, resume)
+            earlier = before.get(Path(start))
+            tokenizer = find_tokenizer(recipe, texts.splits, earlier.tokenizer if earlier else None)
+            data = read_tokens(recipe, texts.splits, tokenizer)
+        job = Job(accelerator, recipe, tokenizer, data, folder, resume, texts.held_out, texts.overlap)
     if job.labelled:
         _check_objectives(recipe, job.data.label_names)
     config = student_config(_with_start(recipe, before), job.tokenizer, job.data.label_names)
@@ -171,7 +176,7 @@ def _train_stages(
         replace_folder(model, lambda target: shutil.copytree(last / "model", target, dirs_exist_ok=True))
     seconds = round(sum(summary["seconds"] for summary in summaries), 1)
     own = {"name": recipe.name, "seconds": seconds, "path": str(model), "stages": summaries}
-    return summaries[-1] | own
+    return summaries[-1] | own | join_overlap(folder, list(jobs))
 
 
 def _train_job(job: Job, started: float) -> dict[str, Any]:
@@ -182,7 +187,9 @@ def _train_job(job: Job, started: float) -> dict[str, Any]:
     set_seed(recipe.train.seed)
     some = job.some_texts(recipe.model.equalise) if recipe.model.equalise else None
     student = make_student(recipe, config, teacher, some)
-    progress = _train(augmented(job), student, teacher)
+    job = augmented(job)
+    found = report_overlap(job)
+    progress = _train(with_transfer(job, teacher), student, teacher)
     best = registry.load(job.folder / "model").to(accelerator.device)
     validation = validation_row(job, progress)
     domain = validation.pop("effective_domain", None)
@@ -194,6 +201,7 @@ def _train_job(job: Job, started: float) -> dict[str, Any]:
         **({"teacher_parameters": teacher.num_parameters()} if teacher else {}),
         **spiking(best),
         **({"effective_domain": domain} if domain else {}),
+        **({"overlap": found} if job.overlap else {}),
         "seconds": round(time.monotonic() - started, 1),
         "path": str(job.folder / "model"),
     }
@@ -233,7 +241,7 @@ def _prepare_folder(accelerator: "Accelerator", folder: Path, recipe: Recipe, re
             if not resume:
                 for leftover in ("checkpoints", "teacher"):
                     shutil.rmtree(folder / leftover, ignore_errors=True)
-                for leftover in ("metrics.jsonl", "summary.json", "energy.json", "energy.md"):
+                for leftover in ("metrics.jsonl", "summary.json", "overlap.json", "energy.json", "energy.md"):
                     (folder / leftover).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write to the run folder {folder}: {error}; choose --output-dir") from error

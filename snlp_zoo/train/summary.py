@@ -1,18 +1,26 @@
-"""What a run reports of its models: scores on the test split, or on validation where there is no other."""
+"""What a run reports: scores of its models on the test split, or on validation where there is no other; held-out texts
+that stood in its training texts.
+"""
 
 import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from snlp_zoo.data import TextSet
+from snlp_zoo.data.overlap import KINDS
 from snlp_zoo.data.streams import Stream
 from snlp_zoo.models.converted import is_converted
 from snlp_zoo.train.evaluation import evaluate
+from snlp_zoo.train.files import write_json
 from snlp_zoo.train.job import Job, status
 from snlp_zoo.train.loop import Progress
 from snlp_zoo.train.metrics import bag_of_words_baseline
 
+logger = logging.getLogger(__name__)
 _OF_SPIKES = ("firing_rate", "zero_share", "spikes_per_value")
 
 
@@ -57,3 +65,33 @@ def spiking(model: PreTrainedModel) -> dict[str, Any]:
     if not is_converted(model):
         return {"time_steps": model.config.time_steps}
     return {name: getattr(model.config.quantization_config, name) for name in ("code", "max_count", "threshold_scale")}
+
+
+def report_overlap(job: Job) -> int:
+    """Write overlap.json, if anything was held out; how many training texts held validation or test texts."""
+    if not job.overlap:
+        return 0
+    rows, found = (sum(_total(part, keys) for part in job.overlap.values()) for keys in (("rows",), KINDS))
+    content = {"held_out": len(job.held_out), "found": found, "stages": {job.recipe.name: job.overlap}}
+    if job.accelerator.is_main_process:
+        write_json(job.folder / "overlap.json", content)
+    if found:
+        told = "%d of %d training texts hold validation or test texts (overlap.json); data.overlap is %r"
+        logger.warning(told, found, rows, job.recipe.data.overlap)
+    return found
+
+
+def join_overlap(folder: Path, stages: Sequence[Path]) -> dict[str, int]:
+    """Write the run's overlap.json from those of its stages, if they have any; what its summary says of them."""
+    files = [path / "overlap.json" for path in stages]
+    parts = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    if not parts:
+        return {}
+    found = sum(part["found"] for part in parts)
+    by_stage = {name: rows for part in parts for name, rows in part["stages"].items()}
+    write_json(folder / "overlap.json", {"held_out": parts[-1]["held_out"], "found": found, "stages": by_stage})
+    return {"overlap": found}
+
+
+def _total(part: dict[str, Any], keys: Sequence[str]) -> int:
+    return sum(part[key] for key in keys)

@@ -6,7 +6,7 @@ import json
 import os
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,14 @@ from transformers import (
 from snlp_zoo.convert.source import Source, find_source, load_dense
 from snlp_zoo.data.augment import augment
 from snlp_zoo.data.batches import Tokenised
+from snlp_zoo.data.overlap import counted
+from snlp_zoo.data.text import TextSet
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.matching import LAYER_MAPS, layer_pairs, score_projections
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError, SnlpError
 from snlp_zoo.registry import knows_no_words
+from snlp_zoo.train.evaluation import predicted_labels
 from snlp_zoo.train.files import replace_folder
 from snlp_zoo.train.job import Data, Job, status
 from snlp_zoo.train.loop import Trainer
@@ -169,7 +172,43 @@ def augmented(job: Job) -> Job:
     )
     with status(job.accelerator, "altering copies of the texts"):
         train = augment(job.data.train, job.tokenizer, model, **options.model_dump(), seed=job.recipe.data.seed)
-    return replace(job, data=job.data._replace(train=train))
+    return _without_held_out_copies(job, train)
+
+
+def _without_held_out_copies(job: Job, train: Tokenised) -> Job:
+    """The job with these training texts, but for altered copies that have come to hold a held-out text."""
+    if not len(job.held_out):
+        return replace(job, data=job.data._replace(train=train))
+    count = len(job.data.train)
+    texts = _read_back(job, train.input_ids[count:])
+    found = job.held_out.find(texts)
+    gone = found if job.recipe.data.overlap == "drop" else {}
+    train = train.take([row for row in range(len(train)) if row - count not in gone]) if gone else train
+    overlap = job.overlap | {"copies": counted(texts, found, left_out=len(gone))}
+    return replace(job, data=job.data._replace(train=train), overlap=overlap)
+
+
+def _read_back(job: Job, rows: list[list[int]]) -> TextSet:
+    """The texts, or pairs of texts, of these token ids."""
+    decode, separator = partial(job.tokenizer.batch_decode, skip_special_tokens=True), job.tokenizer.sep_token_id
+    if job.data.texts.train.pairs is None or separator is None:
+        return TextSet(decode(rows))
+    ends = [row.index(separator) for row in rows]
+    first = [row[:end] for row, end in zip(rows, ends, strict=True)]
+    return TextSet(decode(first), decode([row[end:] for row, end in zip(rows, ends, strict=True)]))
+
+
+def with_transfer(job: Job, teacher: PreTrainedModel | None) -> Job:
+    """The job with the texts of data.transfer after its training texts, labelled by the teacher as it is now."""
+    train, more = job.data.train, job.data.transfer
+    if teacher is None or not len(more) or not isinstance(train, Tokenised):
+        return job
+    batches = job.evaluation_loader(more, job.recipe.train)
+    labels: Any = predicted_labels(job.accelerator, teacher, batches, "label the texts to transfer")
+    types = None if train.token_type_ids is None else train.token_type_ids + (more.token_type_ids or [])
+    known: Any = train.labels
+    joined = Tokenised(train.input_ids + more.input_ids, types, known + labels, train.truncated + more.truncated)
+    return replace(job, data=job.data._replace(train=joined))
 
 
 def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:

@@ -293,7 +293,9 @@ def test_regression(run, make_data, metrics):
 
     data = make_data(train=list(rated(96, 1)), dev=list(rated(32, 2)), test=list(rated(32, 3)))
     folder, summary = run(
-        data={"source": str(data)}, objectives={"logit_mse": 1.0, "cross_entropy": 0.5}, train={"epochs": 4}
+        data={"source": str(data), "overlap": "report"},
+        objectives={"logit_mse": 1.0, "cross_entropy": 0.5},
+        train={"epochs": 4},
     )
     assert summary["student_pearson"] > 0.7
     assert {"teacher_pearson", "student_spearman", "firing_rate"} <= summary.keys()

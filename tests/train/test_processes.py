@@ -100,6 +100,19 @@ def test_the_loss_curve_is_that_of_one_process(run, make_recipe, two_processes, 
     assert len(warnings) == len(set(warnings)) == 3
 
 
+def test_texts_that_the_teacher_labels(run, make_recipe, two_processes, trained, metrics, tmp_path):
+    (tmp_path / "more.txt").write_text(
+        "\n".join(f"{cue} kalan modor" for cue in ("lumi", "vosh", "sola", "grum", "fenn"))
+    )
+    data = {"train_size": 32, "transfer": {"source": str(tmp_path / "more.txt")}}
+    one, _ = run(data=data, train=SETTINGS | {"epochs": 1, "batch_size": 4})
+    two_processes(
+        make_recipe(data=data, train=SETTINGS | {"epochs": 1, "batch_size": 2}), "--output-dir", tmp_path / "two"
+    )
+    assert_same_curves(metrics(tmp_path / "two"), metrics(one))
+    assert metrics(one)[-1]["step"] == 9  # 37 texts, 4 at a time
+
+
 def test_a_teacher_tuned_and_a_narrower_student_taught_by_two(
     run, make_recipe, two_processes, own_cache, metrics, tmp_path
 ):

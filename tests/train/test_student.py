@@ -89,7 +89,7 @@ def test_a_task_starts_from_the_student_of_another(run, trained, make_data):
     """A finished run's folder; another number of classes; a stage less than in the teacher's weights."""
     rows = [("lumi", "x"), ("grum", "y"), ("kalan", "z")] * 8
     data = str(make_data(train=rows, dev=rows, test=rows))
-    folder, _ = run(train=LAZY, data={"source": data}, model={"init_from": str(trained.folder)})
+    folder, _ = run(train=LAZY, data={"source": data, "overlap": "report"}, model={"init_from": str(trained.folder)})
     ours, theirs = snlp_zoo.load(folder), snlp_zoo.load(trained.folder)
     assert ours.config.label_names == ["x", "y", "z"]
     name = "spikelm.layers.1.mlp.down.weight"

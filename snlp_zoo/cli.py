@@ -87,13 +87,14 @@ def info(entry: str, json_: JsonFlag = False) -> None:
     found = registry.load_entry(entry)
     with torch.device("meta"):
         parameters = registry.build(entry).num_parameters()
-    result = {"name": entry, "parameters": parameters, **found.model_dump()}
+    results = [row.model_dump(exclude_unset=True) for row in found.results]
+    result = {"name": entry, "parameters": parameters, **found.model_dump(), "results": results}
     table = _table(entry, "field", "value")
     for key in ("description", "model_type", "task", "parameters", "recipe"):
         table.add_row(key, str(result[key]))
     for key, value in {**found.config, **(found.convert or {}), **found.source}.items():
         table.add_row(key, str(value))
-    for row in found.results:
+    for row in results:
         table.add_row("result", ", ".join(f"{k} {v}" for k, v in row.items()))
     _print(result, json_, table)
 

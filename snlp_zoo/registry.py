@@ -34,6 +34,7 @@ from snlp_zoo.models.checkpoint import architecture, check_tokenizer, read_json
 from snlp_zoo.models.configuration import SpikingConfig, make_config
 from snlp_zoo.models.converted import SpikingConversionConfig, convert_in_place
 from snlp_zoo.models.converted_loading import is_conversion, load_converted
+from snlp_zoo.results import Result
 
 Task = Literal["sequence-classification", "masked-lm", "causal-lm", "encoder"]
 # task -> (ending of the class name, transformers' Auto class, the Hub's pipeline tag)
@@ -67,7 +68,7 @@ class Entry(BaseModel):
     description: str = ""
     recipe: str | None = None
     source: dict[str, str] = {}
-    results: list[dict[str, Any]] = []
+    results: list[Result] = []
     convert: dict[str, Any] | None = None
 
     @field_validator("convert")

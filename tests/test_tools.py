@@ -65,6 +65,15 @@ def test_generation_bench_measures_single_tokens(tool):
     assert short["ms_per_token"] > 0
 
 
+def test_runs_go_to_the_gpu_with_the_fewest_of_them(tool):
+    least_busy, busy = tool("compare_recipes").least_busy, []
+    for _ in range(5):
+        busy.append(least_busy(["0", "1"], busy))
+    assert busy == ["0", "1", "0", "1", "0"]
+    assert least_busy(["0", "1"], ["0", "1", "0"]) == "1"
+    assert least_busy([], [None]) is None
+
+
 def test_comparison_shows_what_was_measured(tool):
     columns = tool("compare_recipes").columns
     language = {"student_bits_per_character": 2.25, "firing_rate": 0.3, "seconds": 9.0}

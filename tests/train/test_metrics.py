@@ -31,3 +31,13 @@ def test_the_baseline_learns_from_words():
     texts, labels = ["good fine", "bad poor", "fine good", "poor bad"] * 4, [1, 0, 1, 0] * 4
     found = bag_of_words_baseline(texts, labels, ["good", "poor"], [1, 0])
     assert found == {"accuracy": 1.0, "macro_f1": 1.0}
+
+
+def test_two_classes_by_hand():
+    """3 true positives, 1 false one, 2 true negatives, 1 false one."""
+    predicted, labels = [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0, 1]
+    found = score(np.eye(2)[predicted], np.array(labels))
+    assert found["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert found["matthews"] == pytest.approx((3 * 2 - 1 * 1) / math.sqrt(4 * 4 * 3 * 3))
+    assert "f1" not in score(np.eye(3)[predicted], np.array(labels))
+    assert score(np.eye(2)[[1, 1]], np.array([0, 1]))["matthews"] == 0.0  # undefined: one class alone is predicted

@@ -56,7 +56,7 @@ def assert_same_run(folder, other):
 
 
 def scores(summary):
-    return {key: value for key, value in summary.items() if key not in ("seconds", "path")}
+    return {key: value for key, value in summary.items() if key not in ("seconds", "teacher_seconds", "path")}
 
 
 def test_dropout_matters(unbroken, run, losses):

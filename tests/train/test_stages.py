@@ -67,7 +67,7 @@ def same_files(folder, other):
 
 
 def timeless(summary):
-    kept = {key: value for key, value in summary.items() if key not in ("seconds", "path")}
+    kept = {key: value for key, value in summary.items() if key not in ("seconds", "teacher_seconds", "path")}
     return kept | {"stages": [timeless(stage) for stage in summary["stages"]]} if "stages" in summary else kept
 
 

@@ -10,13 +10,14 @@ from snlp_zoo.doctor import torchvision_mismatch
 from snlp_zoo.errors import SnlpError
 
 if TYPE_CHECKING:
+    from snlp_zoo.hub import find_checkpoint as find_checkpoint
     from snlp_zoo.hub import load as load
     from snlp_zoo.hub import publish as publish
     from snlp_zoo.registry import build as build
     from snlp_zoo.registry import list_entries as list_entries
 
 __version__ = "0.1.0"
-__all__ = ["SnlpError", "build", "list_entries", "load", "publish"]
+__all__ = ["SnlpError", "build", "find_checkpoint", "list_entries", "load", "publish"]
 
 if (_mismatch := torchvision_mismatch()) is None:
     from snlp_zoo import hub, registry

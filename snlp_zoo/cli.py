@@ -67,13 +67,18 @@ def _table(title: str, *columns: str, numbers: bool = False) -> Table:
 @app.command("list")
 def list_(json_: JsonFlag = False) -> None:
     """List the zoo's entries."""
-    from snlp_zoo import registry
+    from snlp_zoo import pretrained, registry
 
     entries = {name: registry.load_entry(name) for name in registry.list_entries()}
-    table = _table("Zoo entries", "entry", "model", "recipe", "what it is")
+    shipped = pretrained.shipped()
+    table = _table("Zoo entries", "entry", "model", "recipe", "weights", "what it is")
     for name, entry in entries.items():
-        table.add_row(name, entry.model_type, entry.recipe or "-", entry.description)
-    rows = [{"name": name, "model_type": e.model_type, "recipe": e.recipe} for name, e in entries.items()]
+        weights = "shipped" if name in shipped else "-"
+        table.add_row(name, entry.model_type, entry.recipe or "-", weights, entry.description)
+    rows = [
+        {"name": name, "model_type": e.model_type, "recipe": e.recipe, "shipped": name in shipped}
+        for name, e in entries.items()
+    ]
     _print({"entries": rows}, json_, table)
 
 
@@ -82,18 +87,22 @@ def info(entry: str, json_: JsonFlag = False) -> None:
     """Show one entry: its configuration, size, source and results."""
     import torch
 
-    from snlp_zoo import registry
+    from snlp_zoo import pretrained, registry
 
     found = registry.load_entry(entry)
     with torch.device("meta"):
         parameters = registry.build(entry).num_parameters()
     results = [row.model_dump(exclude_unset=True) for row in found.results]
-    result = {"name": entry, "parameters": parameters, **found.model_dump(), "results": results}
+    kept = pretrained.metrics(entry)
+    result = {"name": entry, "parameters": parameters, **found.model_dump(), "results": results, "shipped": kept}
     table = _table(entry, "field", "value")
     for key in ("description", "model_type", "task", "parameters", "recipe"):
         table.add_row(key, str(result[key]))
     for key, value in {**found.config, **(found.convert or {}), **found.source}.items():
         table.add_row(key, str(value))
+    if kept:
+        scores = ", ".join(f"{name.replace('_', ' ')} {_shown(name, value)}" for name, value in kept["student"].items())
+        table.add_row("shipped weights", f"{kept['bytes'] / 1e6:.1f} MB; {kept['dataset']} {kept['split']}: {scores}")
     for row in results:
         table.add_row("result", ", ".join(f"{k} {v}" for k, v in row.items()))
     _print(result, json_, table)
@@ -163,7 +172,7 @@ def _shown(metric: str, value: float) -> str:
 @app.command()
 def evaluate(
     path_or_entry: Annotated[
-        str, typer.Argument(help="A saved folder, a zoo entry trained into runs/, or user/name on the Hub.")
+        str, typer.Argument(help="A saved folder, a zoo entry (in runs/, or shipped), or user/name on the Hub.")
     ],
     data: Annotated[str, typer.Option(help="A .txt, .tsv, .csv or .jsonl file (also .gz, .xz), or 'tweets'.")],
     text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
@@ -191,7 +200,7 @@ def evaluate(
 @app.command()
 def predict(
     path_or_entry: Annotated[
-        str, typer.Argument(help="A saved folder, a zoo entry trained into runs/, or user/name on the Hub.")
+        str, typer.Argument(help="A saved folder, a zoo entry (in runs/, or shipped), or user/name on the Hub.")
     ],
     texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
     revision: RevisionOption = None,
@@ -211,7 +220,7 @@ def predict(
 
 @app.command()
 def publish(
-    path: Annotated[str, typer.Argument(help="A run folder, a saved model, or a zoo entry trained into runs/.")],
+    path: Annotated[str, typer.Argument(help="A run folder, a saved model, or a zoo entry (in runs/, or shipped).")],
     repository: Annotated[str, typer.Argument(help="user/name on the Hub; made if it does not exist.")],
     private: Annotated[bool, typer.Option("--private", help="Only people with access see it.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch, made if it does not exist; main by default.")] = None,

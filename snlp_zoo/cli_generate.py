@@ -14,7 +14,7 @@ app = typer.Typer()
 @app.command()
 def generate(
     path_or_entry: Annotated[
-        str, typer.Argument(help="A saved folder, a zoo entry trained into runs/, or user/name on the Hub.")
+        str, typer.Argument(help="A saved folder, a zoo entry (in runs/, or shipped), or user/name on the Hub.")
     ],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 100,

@@ -38,7 +38,7 @@ def generate(
     """Continue a prompt.
 
     Args:
-        path_or_entry: a saved folder, a zoo entry trained into runs/<entry>, or "user/name" on the Hub.
+        path_or_entry: a saved folder, a zoo entry (see `find_checkpoint`), or "user/name" on the Hub.
         temperature: divides the logits before a token is drawn; 0 takes the likeliest. None: 1, or 0 with beams.
         top_p: draw from the likeliest tokens that hold this share of the probability.
         num_beams: continuations that are followed side by side; the likeliest is returned.

@@ -23,7 +23,7 @@ def predict(
     """Label, score and firing rate of each text.
 
     Args:
-        path_or_entry: a saved folder, a zoo entry trained into runs/<entry>, or "user/name" on the Hub.
+        path_or_entry: a saved folder, a zoo entry (see `find_checkpoint`), or "user/name" on the Hub.
         revision, verify: as `snlp_zoo.load`.
     Returns:
         One mapping per text: text, label, score (probability of the label, or the predicted number for regression),

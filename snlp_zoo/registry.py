@@ -4,6 +4,7 @@ models/configuration_x.py + models/modeling_x.py are a model, zoo_configs/x.yaml
 is a model of transformers, made to spike: `family` knows both kinds.
 """
 
+import logging
 import pkgutil
 import re
 from difflib import get_close_matches
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from snlp_zoo import models
+from snlp_zoo import models, pretrained
 from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.models.checkpoint import architecture, check_tokenizer, read_json
 from snlp_zoo.models.configuration import SpikingConfig, make_config
@@ -36,6 +37,7 @@ from snlp_zoo.models.converted import SpikingConversionConfig, convert_in_place
 from snlp_zoo.models.converted_loading import is_conversion, load_converted
 from snlp_zoo.results import Result
 
+logger = logging.getLogger(__name__)
 Task = Literal["sequence-classification", "masked-lm", "causal-lm", "encoder"]
 # task -> (ending of the class name, transformers' Auto class, the Hub's pipeline tag)
 TASKS: dict[str, tuple[str, Any, str]] = {
@@ -307,7 +309,7 @@ def load(path_or_entry: str | Path, **options: Any) -> PreTrainedModel:
     """A trained model, in evaluation mode, with the head it was saved with.
 
     Args:
-        path_or_entry: a saved folder (a run folder's `model`), or a zoo entry trained into runs/<entry>.
+        path_or_entry: a saved folder (a run folder's `model`), or a zoo entry; see `find_checkpoint`.
         options: passed to `from_pretrained` (dtype, device_map, allow_missing, ...).
     Raises:
         CheckpointError: no such folder or trained entry; files that are damaged, too large or point elsewhere; weights
@@ -367,15 +369,17 @@ def knows_no_words(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def find_checkpoint(path_or_entry: str | Path) -> Path:
-    """The folder with config.json and weights for a path or a trained zoo entry.
+    """The folder with config.json and weights for a path or a zoo entry: of an entry that was trained here runs/<entry>
+    comes first, then what travels with the package (`pretrained`).
 
     Raises:
         CheckpointError: there is none; says how to get one.
     """
     name = str(path_or_entry)
     candidates = [Path(name), Path(name) / "model", Path("runs") / name / "model"]
-    for folder in candidates:
+    for folder in candidates + [pretrained.FOLDER / entry for entry in pretrained.shipped() if entry == name]:
         if (folder / "config.json").is_file():
+            logger.info("%s is loaded from %s", name, folder)
             return folder
     if name in list_entries():
         entry = load_entry(name)

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
-from snlp_zoo import registry
+from snlp_zoo import pretrained, registry
 from snlp_zoo.data.files import suffix
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.hub.client import RESULTS, digest
@@ -25,12 +25,14 @@ class Run:
         folder: the model's, with config.json.
         summary, recipe: the run's summary.json and recipe.yaml; empty where there is none.
         energy: the run's energy.md, a section as `snlp-zoo energy PATH --output-dir RUN` writes it, or nothing.
+        notes: of a shipped model a section on its use, data and their licences.
     """
 
     folder: Path
     summary: dict[str, Any]
     recipe: dict[str, Any]
     energy: str
+    notes: str = ""
 
     @property
     def dataset(self) -> tuple[str, str | None]:
@@ -63,26 +65,43 @@ def read_run(folder: Path) -> Run:
         RecipeError: recipe.yaml is.
     """
     run = folder.parent
+    if run.resolve() == pretrained.FOLDER.resolve():
+        return shipped_run(folder, pretrained.metrics(folder.name))
     if folder.name != "model" or not (run / "recipe.yaml").is_file():
         return Run(folder, {}, {}, "")
     recipe = registry.read_yaml(run / "recipe.yaml")
     if stages := recipe.get("stages"):  # the scores are the last one's, and so are data and teacher
         last = run / f"{len(stages)}_{stages[-1]['name']}" / "recipe.yaml"
         recipe = registry.read_yaml(last) | {"name": recipe["name"]}
-    report = run / "energy.md"
-    energy = report.read_text(encoding="utf-8").strip() if report.is_file() else ""
     summary = run / "summary.json"
-    return Run(folder, read_json(summary) if summary.is_file() else {}, recipe, energy)
+    return Run(folder, read_json(summary) if summary.is_file() else {}, recipe, _text(run / "energy.md"))
+
+
+def shipped_run(folder: Path, kept: dict[str, Any]) -> Run:
+    """The run behind a folder of `pretrained`, of which its metrics.json, `kept`, is the record."""
+    scores = {f"{who}_{metric}": v for who in ("student", "teacher") for metric, v in kept[who].items()}
+    summary = {f"{kept['split']}_examples": kept["examples"], **scores}
+    if "firing_rate" in kept:
+        summary["firing_rate"] = kept["firing_rate"]
+    recipe = {"name": kept["name"], "data": {"source": kept["dataset"]}, "teacher": {"name": kept["teacher_name"]}}
+    return Run(folder, summary, recipe, _text(folder / "energy.md"), "\n\n".join(kept["notes"]))
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
 
 def make_card(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> str:
     """README.md with the Hub's metadata (model-index included), checked by reading it back.
 
+    Args:
+        repo_id: "user/name", or the zoo entry whose weights are shipped.
+
     Raises:
         CheckpointError: it does not read back.
     """
     metadata = _metadata(run, model, repo_id, licence)
-    sections = [_head(run, model, repo_id), _load(model, repo_id), _table_of_facts(run, model), run.energy]
+    sections = [_head(run, model, repo_id), _load(model, repo_id), _table_of_facts(run, model), run.notes, run.energy]
     card = (
         f"---\n{metadata.to_yaml()}\n---\n\n"
         + "\n\n".join(part for part in [*sections, _checksums(run)] if part)
@@ -129,7 +148,7 @@ def _metadata(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> M
         tags=["snlp_zoo", "spiking-neural-network", model.config.model_type],
         base_model=run.teacher[1],
         datasets=[hub_id] if hub_id else None,
-        model_name=repo_id.partition("/")[2] if results else None,
+        model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
 
@@ -149,11 +168,22 @@ def _head(run: Run, model: PreTrainedModel, repo_id: str) -> str:
         sentences.append(f"{'Conversion' if converted else 'Architecture'}: {entry.source['paper']}.")
     if entry and "model" in entry.source:
         sentences.append(f"Dense model: {entry.source['model']}.")
-    return f"# {repo_id.partition('/')[2]}\n\n" + " ".join(sentences)
+    return f"# {repo_id.rpartition('/')[2]}\n\n" + " ".join(sentences)
 
 
 def _load(model: PreTrainedModel, repo_id: str) -> str:
     auto = registry.TASKS[registry.task_of(model)][1].__name__
+    if "/" not in repo_id:
+        return f"""## How to load
+
+```python
+import snlp_zoo  # the weights are part of the package
+from transformers import {auto}, AutoTokenizer
+
+folder = snlp_zoo.find_checkpoint("{repo_id}")
+model = {auto}.from_pretrained(folder)  # or snlp_zoo.load("{repo_id}")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
     return f"""## How to load
 
 ```python

@@ -17,7 +17,7 @@ def load(
     """A trained model, in evaluation mode, with the head it was saved with.
 
     Args:
-        path_or_entry: a saved folder (a run folder's `model`), a zoo entry trained into runs/<entry>, or "user/name"
+        path_or_entry: a saved folder (a run folder's `model`), a zoo entry (see `find_checkpoint`), or "user/name"
             on the Hub, from the cache where it is there and the Hub is not.
         revision: branch, tag or commit on the Hub; its main branch by default.
         verify: compare every file's checksum with the Hub's record.
@@ -30,7 +30,10 @@ def load(
 
 
 def find_checkpoint(path_or_entry: str | Path, *, revision: str | None = None, verify: bool = False) -> Path:
-    """The folder with config.json and weights for a path, a trained zoo entry or a repository on the Hub.
+    """The folder with config.json and weights for a path, a zoo entry or a repository on the Hub.
+
+    Of an entry trained here runs/<entry> comes first, then what travels with the package, so that a run of one's own is
+    never passed over; the log says at level INFO which it was.
 
     Raises:
         CheckpointError: there is none, with how to get one; or `verify` found a file that is not the Hub's.

@@ -53,7 +53,7 @@ def publish(
     on other data sets stay.
 
     Args:
-        path: a run folder, its `model` folder, any saved model, or a zoo entry trained into runs/<entry>.
+        path: a run folder, its `model` folder, any saved model, or a zoo entry (see `find_checkpoint`).
         repo_id: "user/name"; made if it does not exist.
         private: only people with access see it.
         revision: a branch, made if it does not exist; main by default.

@@ -16,6 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from snlp_zoo.errors import ConversionError
+from snlp_zoo.layers.quant import BitLinear, Int8Embedding
 from snlp_zoo.layers.spike_linear import Mode, SpikeLinear, check_options
 
 METHOD = "spiking"
@@ -161,8 +162,13 @@ def spike_layers(model: nn.Module) -> dict[str, SpikeLinear]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters of a model, weights in integers among them."""
-    integers = sum(x.in_features * x.out_features for x in spike_layers(model).values() if x.weight is None)
+    """Parameters of a model, weights in integers and packed ones among them."""
+    integers = 0
+    for module in model.modules():
+        if isinstance(module, BitLinear) and module.weight is None:
+            integers += module.in_features * module.out_features
+        elif isinstance(module, Int8Embedding):
+            integers += module.weight_int8.numel()
     return sum(parameter.numel() for parameter in model.parameters()) + integers
 
 

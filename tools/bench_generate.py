@@ -8,50 +8,13 @@ process's resident size rose above where it was, in steps of 4 KiB. CPU time is 
 
 import argparse
 import json
-import threading
 import time
-from pathlib import Path
 
 import torch
+from _bench import Watched
 
 import snlp_zoo
 from snlp_zoo.models.cache import SpikingCache
-
-
-class Watched:
-    """Context: how far memory rose inside, in bytes."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            self.before = self.peak = resident()
-            self.over = threading.Event()
-            self.thread = threading.Thread(target=self._watch)
-            self.thread.start()
-        return self
-
-    def _watch(self):
-        while not self.over.wait(0.005):
-            self.peak = max(self.peak, resident())
-
-    def __exit__(self, *error):
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.rise = torch.cuda.max_memory_allocated() - self.before
-        else:
-            self.over.set()
-            self.thread.join()
-            self.rise = max(self.peak, resident()) - self.before
-
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def read(model, ids, piece):

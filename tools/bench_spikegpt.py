@@ -9,64 +9,21 @@ autocast, with the package's ops and with both of them replaced by loops; their 
 """
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
 import torch
+from _bench import lif_loop, loops, milliseconds, wkv4_loop
 from torch import Tensor
 
 import snlp_zoo
-from snlp_zoo.ops import LIFOutput, Surrogate, WKVOutput, lif, wkv4
+from snlp_zoo.ops import Surrogate, lif, wkv4
 from snlp_zoo.ops.backend import available
-from snlp_zoo.ops.lif import lif_reference
-from snlp_zoo.ops.surrogates import as_surrogate
-from snlp_zoo.ops.wkv4 import fresh_state, wkv4_reference
 
 MEMBRANE = {"tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "decay_input": True, "detach_reset": False}
 Rows = dict[str, float]  # name -> milliseconds
-
-
-def wkv4_loop(w, u, k, v, state=None, *, backend="auto") -> WKVOutput:
-    """`wkv4` by the reference, in float32."""
-    out, state = wkv4_reference(w.float(), u.float(), k.float(), v.float(), fresh_state(k) if state is None else state)
-    return WKVOutput(out.to(k.dtype), state)
-
-
-def lif_loop(
-    current, v_init, *, tau, v_threshold, v_reset=0.0, decay_input=True, detach_reset=True, surrogate="atan",
-    spike_dtype=None, carry_out=True, backend="auto",
-) -> LIFOutput:  # fmt: skip
-    """`lif` by the reference, in float32."""
-    v_init = torch.full_like(current[0], v_reset or 0.0, dtype=torch.float32) if v_init is None else v_init
-    spikes, v = lif_reference(
-        current.float(), v_init, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
-        detach_reset=detach_reset, surrogate=as_surrogate(surrogate),
-    )  # fmt: skip
-    return LIFOutput(spikes.to(spike_dtype or current.dtype), v if carry_out else None)
-
-
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Median over calls, after one that warms up; device time on a GPU."""
-    call()
-    times = []
-    for _ in range(repeats):
-        if torch.cuda.is_available():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
 
 
 def compare(
@@ -124,26 +81,6 @@ def bench_lif(shape: tuple[int, int, int], device: str, repeats: int) -> Rows:
     variants = {name: partial(ours, name) for name in backends}
     variants["loop"] = lambda x: lif_loop(x, None, **MEMBRANE, surrogate=Surrogate("atan")).spikes
     return compare(f"lif {list(shape)}", variants, [current], upstream, repeats)
-
-
-@contextmanager
-def loops() -> Iterator[None]:
-    """Both ops replaced by loops, wherever the package has imported them."""
-    replaced = {wkv4: wkv4_loop, lif: lif_loop}
-    found = [
-        (module, name, value)
-        for key, module in list(sys.modules.items())
-        if key.partition(".")[0] == "snlp_zoo"
-        for name, value in list(vars(module).items())
-        if callable(value) and value in (wkv4, lif)
-    ]
-    for module, name, value in found:
-        setattr(module, name, replaced[value])
-    try:
-        yield
-    finally:
-        for module, name, value in found:
-            setattr(module, name, value)
 
 
 def bench_step(entry: str, batch: int, tokens: int, device: str, repeats: int) -> Rows:

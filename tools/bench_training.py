@@ -10,45 +10,33 @@ T=1 an ordinary BERT. Nothing is reported unless the first loss of "kernels" agr
 
 import argparse
 import gc
-import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from _bench import Watched, loops, milliseconds, spiking_linear_plain
 
 import snlp_zoo
 from snlp_zoo.layers import ElasticBiSpike, SpikingLinear
-from snlp_zoo.layers.neurons import elastic
-from snlp_zoo.ops import BiSpikeOutput
-from snlp_zoo.ops.bispike import elastic_bispike_reference
 
 MODES = ("reduce-overhead", "default", "eager")  # of torch.compile; the first replays CUDA graphs
 SIZES = {"time_steps": 4, "batch": 32, "tokens": 128}
 
 
-def _loop(current, v, alpha, *, beta, reset, spike_dtype=None, **_):
-    v = torch.zeros_like(current[0], dtype=torch.float32) if v is None else v
-    spikes, v = elastic_bispike_reference(current.float(), v, alpha, beta=beta, reset=reset)
-    return BiSpikeOutput(spikes.to(spike_dtype or current.dtype), v)
-
-
 @contextmanager
 def variant(name: str) -> Iterator[None]:
-    """The package as it is, or with its neurons replaced."""
-    saved = elastic.elastic_bispike, ElasticBiSpike.forward, SpikingLinear.forward
-    if name != "kernels":
-        elastic.elastic_bispike = _loop
-        SpikingLinear.forward = lambda self, x, mask=None: nn.Linear.forward(
-            self, self.neuron(x, from_rest=True, mask=mask)
-        )
-    if name == "dense":
-        ElasticBiSpike.forward = lambda self, x, **_: x
+    """The package as it is, with its neurons replaced by loops, or without neurons."""
+    if name != "dense":
+        with loops() if name == "loop" else nullcontext():
+            yield
+        return
+    saved = ElasticBiSpike.forward, SpikingLinear.forward
+    ElasticBiSpike.forward, SpikingLinear.forward = lambda self, x, **_: x, spiking_linear_plain
     try:
         yield
     finally:
-        elastic.elastic_bispike, ElasticBiSpike.forward, SpikingLinear.forward = saved
+        ElasticBiSpike.forward, SpikingLinear.forward = saved
 
 
 def make_step(name: str, time_steps: int, mode: str) -> Callable[[], torch.Tensor]:
@@ -80,25 +68,14 @@ def measure(name: str, time_steps: int, mode: str, steps: int) -> dict[str, floa
     with variant(name):
         step = make_step(name, time_steps, mode)
         loss, *_ = [step().item() for _ in range(3)]
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        times = []
-        for _ in range(steps):
-            start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-            start.record()
+        with Watched(torch.device("cuda")) as memory:
             step()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+        ms = milliseconds(step, steps)
     del step
     gc.collect()
     torch.cuda.empty_cache()
     # a replayed graph keeps its memory in a pool of its own, which no counter of a step sees
-    return {"ms": statistics.median(times), "gb": float("nan") if mode == MODES[0] else peak / 2**30, "loss": loss}
+    return {"ms": ms, "gb": float("nan") if mode == MODES[0] else memory.rise / 2**30, "loss": loss}
 
 
 def profile() -> None:

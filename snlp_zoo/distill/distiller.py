@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from inspect import signature
 from typing import Any, Literal, cast
 
@@ -56,6 +57,7 @@ class Distiller(nn.Module):
         self.objectives = {name: (OBJECTIVES[name], options) for name, options in objectives.items()}
         frozen = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
         self._teacher: tuple[Any, ...] = frozen  # a tuple hides it
+        self._cast: dict[tuple, nn.Module] = {}  # copies of it, see `_as_cast`
         needs = {need for objective, _ in self.objectives.values() for need in objective.needs}
         self.tables = "embedding_table" in needs  # not a model's output: handed over here
         self.wanted = {f"output_{need}": True for need in sorted(needs - {"embedding_table"})}
@@ -99,7 +101,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _teach(self, batch: Mapping[str, Tensor]) -> Any:
         """The teacher's outputs; a dense model does not give its scores, so they are taken from its projections."""
-        (teacher,) = self._teacher
+        teacher = self._as_cast(*self._teacher)
         wanted = {name: value for name, value in self.wanted.items() if name in _OF_DENSE_MODELS}
         scored = attention_scores_recorded(teacher) if "output_attention_scores" in self.wanted else nullcontext()
         with scored as scores:
@@ -109,6 +111,27 @@ class Distiller(nn.Module):
         if self.tables:
             outputs.embedding_table = _embedding_table(teacher)
         return outputs
+
+    def _as_cast(self, teacher: Any) -> Any:
+        """The teacher; under autocast with linear layers in its dtype, which it would cast anew at every step."""
+        device = teacher.device
+        if not torch.is_autocast_enabled(device.type):
+            return teacher
+        key = device, torch.get_autocast_dtype(device.type)
+        if key not in self._cast:
+            self._cast[key] = _with_linear_layers_in(key[1], teacher)
+        return self._cast[key]
+
+
+def _with_linear_layers_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    """A copy that shares every tensor, but for what only linear layers hold in float32: that it has in `dtype`."""
+    linear = {id(p): p for m in model.modules() if type(m) is nn.Linear for p in m.parameters(recurse=False)}
+    others = {id(p) for m in model.modules() if type(m) is not nn.Linear for p in m.parameters(recurse=False)}
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    for key, parameter in linear.items():
+        if key not in others and parameter.dtype == torch.float32:
+            shared[key] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+    return deepcopy(model, shared)
 
 
 def _embedding_table(model: PreTrainedModel) -> Tensor:

@@ -5,7 +5,7 @@ over examples or over real tokens, in float32 from log-probabilities. p is the t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,15 +18,16 @@ Outputs = Any  # a transformers ModelOutput, or anything with the attributes `ob
 Batch = Mapping[str, Tensor]
 
 
-def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values [B, N] over real tokens; 0 where there is none."""
-    mask = mask.to(values.dtype)
-    return (values * mask).sum() / mask.sum().clamp_min(1)
+def token_mean(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """The mean of values [B, N] over real tokens, 0 where there is none: a function, for the values of many layers."""
+    real = mask.float()
+    count = real.sum().clamp_min(1)
+    return lambda values: (values * real).sum() / count
 
 
 def _mean_over_logits(values: Tensor, batch: Batch) -> Tensor:
     """Mean of values [B] over examples, or of values [B, N] over real tokens."""
-    return values.mean() if values.ndim == 1 else mean_over_tokens(values, batch["attention_mask"])
+    return values.mean() if values.ndim == 1 else token_mean(batch["attention_mask"])(values)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from snlp_zoo.distill.divergences import (
     forward_kl,
     head_tail_kl,
     logit_mse,
-    mean_over_tokens,
     reverse_kl,
+    token_mean,
     wasserstein,
 )
 from snlp_zoo.distill.matching import layer_pairs
@@ -51,7 +51,7 @@ def l2wrap(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> 
     """
     logits, labels = student_outputs.logits.float(), batch["labels"]
     squares = logits.max(-1).values.square() / 2  # of equal logits the first: `amax` would share the gradient
-    return mean_over_tokens(squares, labels != -100) if squares.ndim == 2 else squares.mean()
+    return token_mean(labels != -100)(squares) if squares.ndim == 2 else squares.mean()
 
 
 def hidden_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
@@ -76,7 +76,8 @@ def cosine(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> 
 
 def embedding_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
     """Mean squared difference of the embedding outputs (hidden state 0) over real tokens."""
-    return _state_distance(_squares, student_outputs.hidden_states[0], teacher_outputs.hidden_states[0], batch)
+    states = student_outputs.hidden_states[0], teacher_outputs.hidden_states[0]
+    return token_mean(batch["attention_mask"])(_state_distance(_squares, *states))
 
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # states [B, N, D] of student and teacher -> [B, N]
@@ -98,16 +99,17 @@ def _angles(student: Tensor, teacher: Tensor) -> Tensor:
 def _over_layers(distance: Distance, student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
     student, teacher = student_outputs.hidden_states, teacher_outputs.hidden_states
     pairs = layer_pairs(len(student) - 1, len(teacher) - 1)
-    return torch.stack([_state_distance(distance, student[i], teacher[j], batch) for i, j in pairs]).mean()
+    mean = token_mean(batch["attention_mask"])
+    return torch.stack([mean(_state_distance(distance, student[i], teacher[j])) for i, j in pairs]).mean()
 
 
-def _state_distance(distance: Distance, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+def _state_distance(distance: Distance, student: Tensor, teacher: Tensor) -> Tensor:
     if student.shape != teacher.shape:
         raise ValueError(
             f"student state {tuple(student.shape)} and teacher state {tuple(teacher.shape)} differ in shape; "
             "project the student first (distill.matching.Projection)"
         )
-    return mean_over_tokens(distance(student.float(), teacher.float()), batch["attention_mask"])
+    return distance(student.float(), teacher.float())
 
 
 def embedding_table_mse(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch) -> Tensor:
@@ -166,13 +168,14 @@ def attention_score_mse(student_outputs: Outputs, teacher_outputs: Outputs, batc
 def _pair_mse(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch: Batch) -> Tensor:
     mask = batch["attention_mask"].bool()
     pairs = (mask.unsqueeze(1) & mask.unsqueeze(2)).unsqueeze(1)  # [B, 1, N, N]
+    ignored, count = ~pairs, pairs.sum().clamp_min(1)
     losses = []
     for i, j in layer_pairs(len(student), len(teacher)):
         s, t = student[i - 1].float(), teacher[j - 1].float()
         if s.shape[1] != t.shape[1]:
             s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)
-        difference = (s - t).masked_fill(~pairs, 0.0)  # before the square: scores may hold a mask's -inf
-        losses.append(difference.square().mean(1).sum() / pairs.sum().clamp_min(1))
+        difference = (s - t).masked_fill(ignored, 0.0)  # before the square: scores may hold a mask's -inf
+        losses.append(difference.square().mean(1).sum() / count)
     return torch.stack(losses).mean()
 
 

@@ -27,6 +27,7 @@ from snlp_zoo.models.encoder import (
     SpikingEncoder,
     SpikingEncoderPreTrainedModel,
 )
+from snlp_zoo.ops.backend import product_dtype
 
 
 def _neuron_options(config: SpikeLMConfig) -> dict[str, Any]:
@@ -44,6 +45,12 @@ def _neuron_options(config: SpikeLMConfig) -> dict[str, Any]:
 def _linear(config: SpikeLMConfig, inputs: int, outputs: int) -> SpikingLinear:
     bits, packed = config.weight_bits, config.packed
     return SpikingLinear(inputs, outputs, bits=bits, packed=packed, **_neuron_options(config))
+
+
+def _padding(mask: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """What all layers add to their scores: 0, or the least number where a key is padding, [TB, 1, 1, N]."""
+    ignored = (mask == 0)[:, None, None, :].repeat(steps, 1, 1, 1)
+    return torch.zeros_like(ignored, dtype=dtype).masked_fill(ignored, torch.finfo(dtype).min)
 
 
 class SpikeLMAttention(nn.Module):
@@ -67,14 +74,14 @@ class SpikeLMAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(-2, -3)  # [T, B, H, N, E]
 
-    def forward(self, x: Tensor, mask: Tensor, want_probabilities: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, mask: Tensor, padding: Tensor, want_probabilities: bool
+    ) -> tuple[Tensor, Tensor | None]:
         query = self._heads(self.query(x, mask))
         key = self._heads(self.key_spikes(self.key(x, mask), from_rest=True, mask=mask))
         value = self._heads(self.value_spikes(self.value(x, mask), from_rest=True, mask=mask))
         # fused attention knows one batch axis: T and B together
         query, key, value = (y.flatten(0, 1) for y in (query, key, value))
-        ignored = (mask == 0)[:, None, None, :].repeat(len(x), 1, 1, 1)  # [TB, 1, 1, N]
-        padding = torch.zeros_like(ignored, dtype=query.dtype).masked_fill(ignored, torch.finfo(query.dtype).min)
         probabilities = None
         if want_probabilities:
             scores = query @ key.transpose(-1, -2) * self.head_size**-0.5 + padding
@@ -108,9 +115,13 @@ class SpikeLMBlock(GradientCheckpointingLayer):
         self.attention = SpikeLMAttention(config)
         self.mlp = SpikeLMMLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor, want_probabilities: bool) -> tuple[Tensor, Tensor | None]:
-        """x [T, B, N, D], mask [B, N] -> x [T, B, N, D], attention probabilities [T, B, H, N, N] if wanted."""
-        x, probabilities = self.attention(x, mask, want_probabilities)
+    def forward(
+        self, x: Tensor, mask: Tensor, padding: Tensor, want_probabilities: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [T, B, N, D], mask [B, N] and what it adds to scores [TB, 1, 1, N] -> x [T, B, N, D], attention
+        probabilities [T, B, H, N, N] if wanted.
+        """
+        x, probabilities = self.attention(x, mask, padding, want_probabilities)
         return self.mlp(x, mask), probabilities
 
 
@@ -150,8 +161,9 @@ class SpikeLMModel(SpikeLMPreTrainedModel, SpikingEncoder):
         hidden_states, attentions = [x], []
         with amplitudes_updated(self), firing_rates_recorded(self, mask, want_rates) as rates:
             x = coding.encode(x)
+            padding = _padding(mask, len(x), product_dtype(x))
             for layer in self.layers:
-                x, probabilities = layer(x, mask, want_attentions)
+                x, probabilities = layer(x, mask, padding, want_attentions)
                 if want_hidden:
                     hidden_states.append(coding.decode(x))
                 if want_attentions:

@@ -37,7 +37,7 @@ class _SpikeLinear(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         grad_weight = None
         if codes is not None:
-            spikes = unpack(codes, amplitude.to(grad.dtype), ctx.bits, ctx.shape)
+            spikes = unpack(codes, amplitude, ctx.bits, ctx.shape, dtype=grad.dtype)
             grad_weight = rows.mT @ spikes.flatten(0, -2)
         grad_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
         return grad_spikes, None, grad_weight, grad_bias, None, None

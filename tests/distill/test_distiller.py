@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from snlp_zoo.distill.distiller import Distiller, gives_attention_scores
 from snlp_zoo.distill.matching import Projection, SharedProjection, attention_scores_recorded
@@ -205,3 +205,28 @@ def test_only_states_are_projected(labelled):
     teacher = BertModel(BertConfig(**SIZES | {"vocab_size": 120}))
     for objective in ("attention_mse", "spike_rate"):
         assert not list(Distiller(spiking_student(), teacher, {objective: {}}).projection.parameters())
+
+
+def test_a_teacher_under_autocast_gives_what_it_gives_by_itself(batch):
+    """Linear layers are cast once; a table that the head shares is not."""
+    teacher = BertForMaskedLM(BertConfig(**SIZES, num_hidden_layers=2)).eval()
+    distiller = Distiller(Scores(), teacher, {"hidden_mse": {}})
+    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = teacher(**batch, output_hidden_states=True)
+        for _ in range(2):
+            found = distiller._teach(batch)
+            for ours, theirs in zip(
+                [found.logits, *found.hidden_states], [expected.logits, *expected.hidden_states], strict=True
+            ):
+                assert torch.equal(ours, theirs)
+    (cast,) = distiller._cast.values()
+    half = {name for name, parameter in cast.named_parameters() if parameter.dtype == torch.bfloat16}
+    linear = {name for name, module in teacher.named_modules() if isinstance(module, nn.Linear)}
+    assert {name.rpartition(".")[0] for name in half} == linear - {"cls.predictions.decoder"}
+    assert cast.get_input_embeddings().weight is teacher.get_input_embeddings().weight
+    assert not any("_cast" in name for name in distiller.state_dict())
+    for name, parameter in teacher.named_parameters():
+        assert torch.equal(parameter, before[name])
+    expected = teacher(**batch, output_hidden_states=True).logits  # outside autocast
+    assert torch.equal(distiller._teach(batch).logits, expected)

@@ -35,5 +35,6 @@ def unpack(
     """`pack` undone: spikes of `shape` [T, ...] with their step's amplitude, [T], in its dtype or `dtype`."""
     dtype = dtype or amplitude.dtype
     if resolve(backend, amplitude, op="packing") == "torch":
-        return unpack_reference(codes, amplitude, bits, shape).to(dtype)
+        narrow = dtype.itemsize == 1  # to which only signs are converted, after the product
+        return unpack_reference(codes, amplitude if narrow else amplitude.to(dtype), bits, shape).to(dtype)
     return kernel.unpack(codes, amplitude, bits, shape, dtype)

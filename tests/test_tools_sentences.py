@@ -32,6 +32,7 @@ def tool(monkeypatch):
             "He said \u201cgo.\u201d Then 3.5 miles, e.g. on foot",
             ["He said \u201cgo.\u201d", "Then 3.5 miles, e.g. on foot"],
         ),
+        ("all small . so it is ? yes, at 3 . 5", ["all small .", "so it is ?", "yes, at 3 .", "5"]),
         ("a line\nbroken here . Next ( one ) .\n\nLast", ["a line broken here .", "Next ( one ) .", "Last"]),
     ],
 )

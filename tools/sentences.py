@@ -20,7 +20,8 @@ from snlp_zoo.errors import DataError
 
 COLUMNS = ("text", "sentence", "sentence1", "sentence2", "document")
 FEWEST, MOST = 3, 60  # words
-_ENDS = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]]*\s+(?=[^\sa-z])|\n\s*\n")
+# a sign and no small letter after it, a sign by itself as in tokenised text, an empty line
+_ENDS = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]]*\s+(?=[^\sa-z])|(?<=\s)[.!?]+\s+|\n\s*\n")
 _SHORT = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|Gen|Col|Capt|Jr|Sr|vs|No|[A-HJ-Z])$")  # a full stop ends no sentence
 
 

@@ -29,6 +29,7 @@ from snlp_zoo.data import TextSet
 from snlp_zoo.data.batches import longest, tokenise
 from snlp_zoo.data.text import Columns, read_splits
 from snlp_zoo.energy import estimate
+from snlp_zoo.errors import EnergyError
 from snlp_zoo.results import Result
 from snlp_zoo.train.job import read_texts
 from snlp_zoo.train.recipe import Recipe, load_recipe, stage_recipes
@@ -80,7 +81,9 @@ def command_of(recipe: Recipe) -> str | None:
 
 
 def energy_of(folder: Path, recipe: Recipe, seed: int, number: int) -> dict[str, Any]:
-    """Ratios to the dense network, and the spike-driven fraction, over the first texts that are reported on."""
+    """Ratios to the dense network, and the spike-driven fraction, over the first texts that are reported on; nothing,
+    and a line that says why, where there can be no estimate, as of a dense control.
+    """
     model, tokenizer = registry.load(folder / "model"), registry.load_tokenizer(folder / "model")
     texts = read_texts(recipe).test
     some = texts.take(list(range(min(number, len(texts)))))
@@ -88,7 +91,11 @@ def energy_of(folder: Path, recipe: Recipe, seed: int, number: int) -> dict[str,
     rows = tokenise(tokenizer, TextSet(some.texts, some.pairs), length).input_ids
     parts = [torch.tensor(row) for row in rows]
     ids, mask = (pad_sequence(x, batch_first=True) for x in (parts, [torch.ones_like(part) for part in parts]))
-    report = estimate(model, {"input_ids": ids, "attention_mask": mask})
+    try:
+        report = estimate(model, {"input_ids": ids, "attention_mask": mask})
+    except EnergyError as error:
+        print(f"{folder}: {error}", file=sys.stderr)
+        return {}
     ratios = {key: report.ratios[level]["dense_fp32"] for key, level in LEVELS.items()}
     shown = {key: round(value, 3) for key, value in ratios.items() if value is not None}
     fraction = {"spike_driven_fraction": math.floor(1e6 * report.spike_driven_fraction) / 1e6}  # never up to the whole

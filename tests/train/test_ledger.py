@@ -65,6 +65,14 @@ def test_runs_of_several_seeds_are_one_record(ledger, trained, run, data_folder)
     assert record["spike_driven_fraction"] == pytest.approx(report["spike_driven_fraction"], abs=1e-4)
 
 
+def test_a_dense_control_has_no_energy(ledger, trained, tmp_path, capsys):
+    registry.build("spikegpt_tiny", spiking=False, vocab_size=200).save_pretrained(tmp_path / "model")
+    registry.load_tokenizer(trained.folder / "model").save_pretrained(tmp_path / "model")
+    recipe = ledger.load_recipe(str(trained.folder / "recipe.yaml"))
+    assert ledger.energy_of(tmp_path, recipe, 0, 2) == {}
+    assert str(tmp_path) in capsys.readouterr().err
+
+
 def test_runs_that_differ_in_more_than_their_seeds_are_refused(ledger, trained, run):
     other, _ = run(train={"seed": 1, "learning_rate": 1e-4})
     with pytest.raises(SystemExit, match=r"differ in train\.learning_rate, not in their seeds alone"):

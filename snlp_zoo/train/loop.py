@@ -195,7 +195,8 @@ class Trainer:
 
     def _step(self, window: list[dict[str, Tensor]]) -> Tensor:
         """One optimiser step over the batches of an accumulation window; the objectives' global means [objectives]."""
-        self.module.train()
+        if not self.distiller.student.training:  # once: it walks over all modules, and whoever evaluates puts them back
+            self.module.train()
         self._follow_schedules()
         means = self._replay(self.replayed, *window) if self.replayed else self._accumulate(window)
         self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)

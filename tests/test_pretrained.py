@@ -24,7 +24,7 @@ from snlp_zoo.hub.client import digest
 from snlp_zoo.predict import predict
 from snlp_zoo.train.run import evaluate_checkpoint
 
-SHIPPED: list[str] = []  # the entries whose trained weights the package has: a folder by tools/ship.py, a name here
+SHIPPED = ["spikelm_mini_158_sst2"]  # the entries whose trained weights the package has: a folder by tools/ship.py, a name here
 LIMIT = 40_000_000  # bytes of all of them in a wheel
 POINTS = 0.002  # by which a score may differ on another machine; of a perplexity that share of it
 

@@ -238,13 +238,15 @@ def carve(
     Args:
         sizes: of the wanted splits, see `wording.disjoint_rows`, which then chooses the rows; None: any rows.
     Raises:
-        DataError: train has too few rows.
+        DataError: train has too few rows, or pairs where sizes are given.
     """
     train, given = sets["train"], [sets[split] for split in wanted if split in sets]
     missing = wanted[: len(wanted) - len(given)]  # the only split beside train is the one to report
     if not missing:
         return [train, *given]
     if sizes is not None:
+        if train.pairs is not None:
+            raise DataError("disjoint compares single texts, and these are pairs; leave it out")
         chosen = disjoint_rows(train.texts, [sizes[split] for split in missing], seed)
         return [*map(train.take, chosen), *given]
     order, tenth = shuffled(len(train), seed), max(1, len(train) // 10)

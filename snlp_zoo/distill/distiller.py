@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from snlp_zoo.data.batches import model_inputs
 from snlp_zoo.distill.matching import (
@@ -73,6 +73,11 @@ class Distiller(nn.Module):
             self.projection = NormedProjection(depth, own, width)
         else:
             self.projection = Projection(depth + 1, own, width)
+
+    @property
+    def configs(self) -> list[PreTrainedConfig]:
+        """Of the student, and of the teacher if there is one."""
+        return [model.config for model in (self.student, *self._teacher)]
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What each objective's mean runs over in this batch, [objectives]."""

@@ -4,27 +4,28 @@ the first batch of a shape runs as it is -> the second is captured, forward and 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.train.parts import TrainPart
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 MULTIPLE = 8  # tokens to which batches are padded, so that there are few shapes
 
 
-def can_replay(accelerator: Accelerator, settings: TrainPart) -> bool:
+def can_replay(accelerator: "Accelerator", settings: TrainPart) -> bool:
     """Whether steps of this run are replayed: asked for, and on one GPU, without accumulation or a scaled loss."""
     return (
         settings.cuda_graphs
         and accelerator.device.type == "cuda"
-        and accelerator.distributed_type == DistributedType.NO
+        and accelerator.distributed_type == "NO"
         and settings.gradient_accumulation_steps == 1
         and settings.mixed_precision != "fp16"
         and isinstance(settings.surrogate_temperature, int | float)  # a number is part of the kernels' arguments
@@ -38,7 +39,7 @@ class ReplayedSteps:
 
     Args:
         module: what is trained.
-        losses: batch on the device -> weighted losses, without gradients; runs the backward.
+        losses: batch on the device -> loss of each objective, detached; runs the backward of their weighted sum.
     Raises:
         RecipeError: something in the model looks at a value on the GPU, which a graph cannot.
     """
@@ -69,6 +70,7 @@ class ReplayedSteps:
         """Capture anew: something that is no tensor has changed."""
         self.graphs.clear()
         self.seen.clear()
+        self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone takes no others
 
     def _capture(
         self, batch: dict[str, Tensor]
@@ -80,18 +82,20 @@ class ReplayedSteps:
             with torch.cuda.graph(graph, pool=self.pool):
                 losses = self.losses(inputs)
         except RuntimeError as error:
-            raise RecipeError(
-                f"train.cuda_graphs: a step cannot be captured ({str(error).splitlines()[0]}); set it to false"
-            ) from error
+            first = str(error.__context__ or error).partition("\n")[0]  # the end of a capture that failed fails too
+            raise RecipeError(f"train.cuda_graphs: a step cannot be captured ({first}); set it to false") from error
         return graph, inputs, losses, [parameter.grad for parameter in self.parameters]
 
 
-def padded(batch: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
-    """A batch whose texts [B, N] are padded on the right to a multiple of `MULTIPLE` tokens, if the model has room."""
+def padded(batch: dict[str, Tensor], *configs: PreTrainedConfig) -> dict[str, Tensor]:
+    """A batch whose texts [B, N] are padded on the right to a multiple of `MULTIPLE` tokens, or to as many as all of
+    these models have positions for, with the first one's padding token.
+    """
     length = batch["input_ids"].shape[1]
-    longest = getattr(config, "max_position_embeddings", None)
-    more = -length % MULTIPLE if longest is None else min(-length % MULTIPLE, longest - length)
-    fill = {"input_ids": config.pad_token_id or 0, "labels": -100}
+    whole = -(-length // MULTIPLE) * MULTIPLE
+    room = min(getattr(config, "max_position_embeddings", None) or whole for config in configs)
+    more = max(min(whole, room) - length, 0)  # a text that is too long is the model's to refuse
+    fill = {"input_ids": getattr(configs[0], "pad_token_id", None) or 0, "labels": -100}
     return {
         name: F.pad(values, (0, more), value=fill.get(name, 0)) if values.ndim == 2 else values
         for name, values in batch.items()

@@ -223,7 +223,7 @@ class Trainer:
 
     def _replay(self, replayed: ReplayedSteps, batch: dict[str, Tensor]) -> Tensor:
         """`_accumulate` of one batch, without launching its kernels one by one."""
-        return replayed(padded(own_rows(self.accelerator, batch), self.distiller.student.config))
+        return replayed(padded(own_rows(self.accelerator, batch), *self.distiller.configs))
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
         with self.accelerator.autocast():

@@ -29,7 +29,9 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     predictions = logits.argmax(-1)
-    scores = score_classes(predictions, labels) | {"matthews": float(matthews_corrcoef(labels, predictions))}
+    several = len(np.union1d(labels, predictions)) > 1  # of one class it is 0 too, but scikit-learn warns
+    matthews = float(matthews_corrcoef(labels, predictions)) if several else 0.0
+    scores = score_classes(predictions, labels) | {"matthews": matthews}
     two = {"f1": float(f1_score(labels, predictions, zero_division=0))} if logits.shape[1] == 2 else {}
     return scores | two
 

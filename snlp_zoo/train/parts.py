@@ -158,8 +158,8 @@ class TrainPart(Part):
     window: list[WindowPart] = []  # of a converted model, one after another; the best student is one of the last
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     freeze_embeddings: bool = False
-    # on one GPU without accumulation a step is captured once for each length of batch (of `graphs.MULTIPLE` tokens) and
-    # replayed; anywhere else this does nothing
+    # a step is captured once for each length of batch (in `graphs.MULTIPLE` tokens) and replayed; nothing changes where
+    # `graphs.can_replay` says no
     cuda_graphs: bool = False
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1)  # None: once per epoch

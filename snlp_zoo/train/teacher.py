@@ -37,7 +37,7 @@ from snlp_zoo.data.text import TextSet
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.matching import LAYER_MAPS, layer_pairs, score_projections
 from snlp_zoo.distill.objectives import OBJECTIVES
-from snlp_zoo.errors import RecipeError, SnlpError
+from snlp_zoo.errors import CheckpointError, RecipeError, SnlpError
 from snlp_zoo.registry import knows_no_words
 from snlp_zoo.train.evaluation import predicted_labels
 from snlp_zoo.train.files import replace_folder
@@ -260,18 +260,23 @@ def tuned_by_one(cached: Path, is_main_process: bool = True) -> Iterator[None]:
     """Inside, no other run tunes the teacher that `cached` will hold; one that is there already is free to all.
 
     The lock is the operating system's: it goes with the process that holds it, however that ends.
+
+    Raises:
+        CheckpointError: the folder for locks cannot be written.
     """
     if not is_main_process or (cached / "config.json").is_file():
         yield
         return
     locks = cached.parent.with_name("locks")
-    locks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(locks / cached.name)
     try:
+        locks.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         logger.info("another run tunes the same teacher; waiting for it")
         lock.acquire()
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {locks}: {error}; set SNLP_ZOO_CACHE to another folder") from error
     try:
         yield
     finally:

@@ -92,3 +92,10 @@ def test_splits_of_phrases(tmp_path):
     assert len(load_splits(str(tmp_path), disjoint=True, seed=3, train_size=9).train) == 9
     (tmp_path / "test.tsv").write_text("text\tlabel\na b\t0\n")
     assert len(load_splits(str(tmp_path), disjoint=True).train) == len(rows)  # nothing is carved
+
+
+def test_pairs_have_no_disjoint_splits(tmp_path):
+    rows = [f"{text}\tsame\t0" for text in rows_of_phrases(0)]
+    (tmp_path / "train.tsv").write_text("\n".join(["text\tother\tlabel", *rows]))
+    with pytest.raises(DataError, match="disjoint compares single texts"):
+        load_splits(str(tmp_path), text_pair="other", disjoint=True)

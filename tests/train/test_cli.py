@@ -86,7 +86,12 @@ def document(answer):
 def test_list(cli):
     rows = document(cli("list", "--json"))["entries"]
     assert [row["name"] for row in rows] == registry.list_entries()
-    assert {"name": "spikelm_tiny_tweets", "model_type": "spikelm", "recipe": "distill_tweets"} in rows
+    assert {
+        "name": "spikelm_tiny_tweets",
+        "model_type": "spikelm",
+        "recipe": "distill_tweets",
+        "shipped": False,
+    } in rows
     table = cli("list")
     assert table.code == 0
     assert all(name in table.out for name in registry.list_entries())

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import pytest
 
+from snlp_zoo.errors import CheckpointError
 from snlp_zoo.train.teacher import tuned_by_one
 
 from .conftest import REPOSITORY
@@ -103,3 +104,12 @@ def test_a_cached_teacher_needs_no_lock(tmp_path):
     (cached / "config.json").write_text("{}")
     with tuned_by_one(cached):
         assert [path.name for path in tmp_path.iterdir()] == ["teachers"]  # a cache that cannot be written to serves
+
+
+def test_a_cache_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CheckpointError, match=r"cannot write to .*locks.*SNLP_ZOO_CACHE"),
+        tuned_by_one(tmp_path / "file" / "teachers" / "abc"),
+    ):
+        pass

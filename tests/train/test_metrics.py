@@ -41,3 +41,9 @@ def test_two_classes_by_hand():
     assert found["matthews"] == pytest.approx((3 * 2 - 1 * 1) / math.sqrt(4 * 4 * 3 * 3))
     assert "f1" not in score(np.eye(3)[predicted], np.array(labels))
     assert score(np.eye(2)[[1, 1]], np.array([0, 1]))["matthews"] == 0.0  # undefined: one class alone is predicted
+
+
+def test_one_class_alone_is_scored_without_a_warning():
+    everything = {"accuracy": 1.0, "macro_f1": 1.0, "matthews": 0.0}
+    assert score(np.eye(2)[[1, 1, 1]], np.array([1, 1, 1])) == everything | {"f1": 1.0}
+    assert score(np.eye(2)[[0, 0, 0]], np.array([0, 0, 0])) == everything | {"f1": 0.0}

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from snlp_zoo import registry
 from snlp_zoo.errors import RecipeError
-from snlp_zoo.train.loop import _parameter_groups
+from snlp_zoo.train.optimizer import _parameter_groups
 from snlp_zoo.train.recipe import TrainPart, dump_recipe, load_recipe, stage_recipes
 
 ENTRIES = registry.list_entries()

@@ -16,6 +16,7 @@ from snlp_zoo import cli_convert, cli_energy, cli_generate
 from snlp_zoo.cli_energy import JsonFlag
 from snlp_zoo.doctor import torchvision_mismatch
 from snlp_zoo.errors import BackendError, Interrupted, ProcessError, SnlpError
+from snlp_zoo.results import Result
 
 app = typer.Typer(
     help="Spiking language models: list, train, evaluate, predict.",
@@ -103,9 +104,38 @@ def info(entry: str, json_: JsonFlag = False) -> None:
     if kept:
         scores = ", ".join(f"{name.replace('_', ' ')} {_shown(name, value)}" for name, value in kept["student"].items())
         table.add_row("shipped weights", f"{kept['bytes'] / 1e6:.1f} MB; {kept['dataset']} {kept['split']}: {scores}")
-    for row in results:
-        table.add_row("result", ", ".join(f"{k} {v}" for k, v in row.items()))
+    for row in found.results:
+        for i, line in enumerate(_result_lines(row)):
+            name = ", ".join(filter(None, (row.dataset, row.split, row.metric.replace("_", " "))))
+            table.add_row(name if i == 0 else "", line)
     _print(result, json_, table)
+
+
+def _result_lines(result: Result) -> list[str]:
+    """One result of an entry in words: score, what it is compared with, spikes, cost, and how to make it anew."""
+    from snlp_zoo.energy.markdown import percent
+
+    def score(value: float) -> str:
+        return _shown(result.metric, value)
+
+    lines = []
+    if result.value is not None:
+        deviation = "" if result.deviation is None else f" +- {score(result.deviation)}"
+        seeds = f" ({len(result.runs)} seed{'s' * (len(result.runs) > 1)})" if result.runs else ""
+        lines.append(f"{score(result.value)}{deviation}{seeds}")
+    others = {"teacher": result.teacher_value, "bag of words": result.baseline_value}
+    others["paper"] = result.paper.value if result.paper else None
+    lines.append(", ".join(f"{who} {score(value)}" for who, value in others.items() if value is not None))
+    spikes = {"firing rate": result.firing_rate, "spike-driven": result.spike_driven_fraction}
+    lines.append(", ".join(f"{what} {percent(share, 1)}" for what, share in spikes.items() if share is not None))
+    if result.energy:
+        ratios = result.energy.model_dump(include={"products", "all_operations", "with_memory"}, exclude_none=True)
+        by = ", ".join(f"{ratio:.2f}x {name.replace('_', ' ')}" for name, ratio in ratios.items())
+        lines.append(f"energy of the dense float network / its own, estimated: {by}")
+    minutes = None if result.minutes is None else f"{result.minutes:g} minutes of training"
+    commit = f"commit {result.commit}" if result.commit else None
+    lines.append(", ".join(filter(None, (minutes, result.hardware, commit))))
+    return [line for line in (*lines, result.command) if line]
 
 
 @app.command()

@@ -49,7 +49,7 @@ def test_energy_of_an_entry_and_of_texts(trained):
     assert (text["texts"], text["tokens"]) == (1, 3)
     told = run("energy", "model", "--data", "test.tsv", "--limit", 2, "--memory", "dram", "--output-dir", "out")
     assert STATEMENT in told
-    assert "2 texts of 4 tokens" in told
+    assert "2 texts, 4 tokens in all" in told
     written = json.loads((trained / "out" / "energy.json").read_text())
     assert (written["memory"]["name"], written["tokens"]) == ("dram", 4)
     assert (trained / "out" / "energy.md").read_text() == told

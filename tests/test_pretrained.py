@@ -24,7 +24,7 @@ from snlp_zoo.hub.client import digest
 from snlp_zoo.predict import predict
 from snlp_zoo.train.run import evaluate_checkpoint
 
-SHIPPED = ["spikelm_mini_158_sst2"]  # the entries whose trained weights the package has: a folder by tools/ship.py, a name here
+SHIPPED = ["spikelm_mini_158_sst2"]  # entries whose weights the package has: a folder by tools/ship.py, a name here
 LIMIT = 40_000_000  # bytes of all of them in a wheel
 POINTS = 0.002  # by which a score may differ on another machine; of a perplexity that share of it
 
@@ -55,7 +55,7 @@ def check_files(entry):
     auto = registry.TASKS[registry.task_of(model)][1].from_pretrained(folder)
     assert all(map(torch.equal, auto.state_dict().values(), model.state_dict().values()))
     card = (folder / "README.md").read_text()
-    for said in (f'snlp_zoo.load("{entry}")', kept["sha256"], "Data, licences, use", kept["notes"][1]):
+    for said in (f'snlp_zoo.load("{entry}")', kept["sha256"], *kept["notes"]):
         assert said in card
     shared = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     optional = {"generation_config.json", "energy.md"}
@@ -125,7 +125,7 @@ def from_datasets(kept, folder):
 # ---- the same for a model made here ----------------------------------------------------------------------------------
 
 
-def make_run(entry, folder, **changes):
+def make_run(ship, entry, folder, **changes):
     """A run folder of an entry that learnt nothing, and a labelled file."""
     tweets = [tweet for tweet in load_tweets() if tweet.split == "validation" and tweet.label != 1][:40]
     tokenizer = train_tokenizer("characters", [tweet.text for tweet in tweets], 100)
@@ -135,10 +135,12 @@ def make_run(entry, folder, **changes):
     ids = tokenizer([tweet.text for tweet in tweets], truncation=True, return_tensors="pt")["input_ids"]
     model(ids)  # amplitudes are measured
     for name, parameter in model.named_parameters():
-        if "classifier" in name or (parameter.ndim > 1 and not parameter.any()):
+        spreads = hasattr(model, "classifier") or not parameter.any()  # a classifier's texts then differ
+        if "classifier" in name or (parameter.ndim > 1 and spreads):
             torch.nn.init.normal_(parameter, std=0.5)
     if hasattr(model, "classifier"):  # classes that are about as frequent
-        model.classifier.bias.data -= model.eval()(ids).logits.detach().median(0).values
+        found = ship.logits(model.eval(), tokenizer, [text for text, _ in ship.tweets()])
+        model.classifier.bias.data[1] += (found[:, 0] - found[:, 1]).median()
     model.save_pretrained(folder / "run" / "model")
     lines = ["sentence\tlabel", *(f"{tweet.text}\t{tweet.label // 2}" for tweet in tweets)]
     (folder / "dev.tsv").write_text("\n".join(lines) + "\n")
@@ -154,7 +156,7 @@ def shipped(ship, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ship, "FLOOR", 0.0)  # what learnt nothing is sure of nothing
 
     def call(entry, *options, **changes):
-        run, data = make_run(entry, tmp_path, **changes)
+        run, data = make_run(ship, entry, tmp_path, **changes)
         words = [str(run), entry, "--data", str(data), "--text", "sentence", "--dataset", "invented", "--trained-on"]
         ship.main([*words, "tweets", "--output", str(pretrained.FOLDER), "--commit", "0" * 10, *options])
         return capsys.readouterr().out
@@ -181,6 +183,11 @@ def test_a_shipped_classifier(ternary, ship, tmp_path):
     config = snlp_zoo.load("spikelm_tiny_158").config
     assert (config.packed, config.int8_embeddings) == (True, True)
     assert "before packing" in ternary
+    said = kept["notes"][3]
+    assert said.startswith(
+        "It gives a text one of these labels: negative, positive. Of a longer text it reads 24 tokens."
+    )
+    assert f"accuracy {kept['before_packing']['accuracy']:.4f}" in said
     parameters = registry.build("spikelm_tiny_158", num_labels=2, vocab_size=100).num_parameters()
     assert f"| parameters | {parameters:,} |" in (pretrained.FOLDER / "spikelm_tiny_158" / "README.md").read_text()
 
@@ -267,6 +274,12 @@ def test_the_tool_refuses(shipped, capsys, options, expected):
     with pytest.raises(SystemExit) as caught:
         shipped("spikelm_tiny", *options, num_labels=2, vocab_size=100)
     assert expected in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_other_models_do_not_get_an_entrys_name(shipped):
+    with pytest.raises(SystemExit, match=r"has weight_bits 32, the entry spikelm_tiny_158 1\.58; name the entry"):
+        shipped("spikelm_tiny_158", weight_bits=32, num_labels=2, vocab_size=100)
+    assert not pretrained.FOLDER.exists()
 
 
 def test_pipelines_take_the_folder(ternary):

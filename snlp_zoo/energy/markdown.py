@@ -24,9 +24,9 @@ def markdown(report: "EnergyReport") -> str:
     names = list(report.ratios["matmul_only"])
     lines = ["## Energy", "", report.statement, ""]
     lines += [
-        f"{report.model}, T = {report.time_steps}{_codes(report)}, {report.texts} texts of {report.tokens} tokens "
-        f"without padding ({report.data}); costs `{report.costs['name']}` (sha256 `{report.costs['sha256'][:12]}`), "
-        f"memory `{report.memory['name']}`. "
+        f"{report.model}, T = {report.time_steps}{_codes(report)}, {report.texts} texts, {report.tokens} tokens "
+        f"in all without padding ({report.data}); "
+        f"costs `{report.costs['name']}` (sha256 `{report.costs['sha256'][:12]}`), memory `{report.memory['name']}`. "
         "A ratio above 1 means that the spiking network takes less; in brackets least and most over all cost tables.",
         "",
         f"| counted | {' | '.join(f'against {name}' for name in names)} |",

@@ -183,7 +183,9 @@ from transformers import {auto}, AutoTokenizer
 folder = snlp_zoo.find_checkpoint("{repo_id}")
 model = {auto}.from_pretrained(folder)  # or snlp_zoo.load("{repo_id}")
 tokenizer = AutoTokenizer.from_pretrained(folder)
-```"""
+```
+
+`snlp-zoo {"generate" if registry.task_of(model) == "causal-lm" else "predict"} {repo_id} "a text"` tries it."""
     return f"""## How to load
 
 ```python

@@ -113,6 +113,22 @@ def test_info(cli):
     assert "2406.03287" in table
 
 
+def test_info_says_results_in_words(cli):
+    shown = cli("info", "spikelm_mini_sst2").out
+    (result,) = document(cli("info", "spikelm_mini_sst2", "--json"))["results"]
+    for said in (
+        "SST-2, validation, accuracy",
+        f"{100 * result['value']:.1f} % +- {100 * result['deviation']:.1f} % (3 seeds)",
+        f"teacher {100 * result['teacher_value']:.1f} %",
+        "paper 87.0 %",
+        f"{result['energy']['products']:.2f}x products",
+        result["hardware"],
+        f"commit {result['commit']}",
+    ):
+        assert said in shown
+    assert "{" not in shown
+
+
 def test_distill_prints_one_json_document_and_its_progress_elsewhere(cli, make_recipe, tmp_path):
     recipe = make_recipe(train={"max_steps": 2, "eval_steps": 2})
     answer = cli("distill", recipe, "--output-dir", tmp_path / "out", "--json", "--set", "train.seed=3")

@@ -1,6 +1,7 @@
 """tools/ledger.py on real runs: it gathers what runs and `snlp-zoo energy` say, and what it writes reads back."""
 
 import json
+import shlex
 import statistics
 import sys
 from importlib import import_module
@@ -85,6 +86,24 @@ def test_the_command_names_what_differs_from_the_entry(ledger):
     changed = load("spikingbert_mini_sst2", ["stages.task.train.epochs=9", "data.source=/somewhere/sst2"])
     assert ledger.command_of(changed) == "snlp-zoo train spikingbert_mini_sst2 --set stages.task.train.epochs=9"
     assert ledger.dataset_of(changed) == "SST-2"
+    more = load(
+        "spikelm_mini_sst2",
+        [
+            "data.source=/somewhere/sst2",
+            "stages.general.data.source=[/somewhere/my texts.txt]",
+            "stages.task.data.transfer.source=[/somewhere/reviews.txt]",
+        ],
+    )
+    assert shlex.split(ledger.command_of(more)) == [
+        *("snlp-zoo", "train", "spikelm_mini_sst2"),
+        *("--set", 'stages.general.data.source=["my texts.txt"]'),
+        *("--set", 'stages.task.data.transfer.source=["reviews.txt"]'),
+    ]
+
+
+def test_a_seed_counts_once(ledger, trained):
+    with pytest.raises(SystemExit, match="both have seed 0; collect one of them"):
+        ledger.collect([trained.folder, trained.folder])
 
 
 def test_written_results_replace_their_like_and_leave_the_rest(ledger, zoo):

@@ -26,7 +26,14 @@ from snlp_zoo.train.job import Job, StageTexts, read_run_texts, read_tokens, sta
 from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
 from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
-from snlp_zoo.train.student import find_tokenizer, load_projection, make_student, save_projection, student_config
+from snlp_zoo.train.student import (
+    find_start,
+    find_tokenizer,
+    load_projection,
+    make_student,
+    save_projection,
+    student_config,
+)
 from snlp_zoo.train.summary import join_overlap, report_overlap, spiking, test_scores, validation_row, validation_scores
 from snlp_zoo.train.teacher import (
     augmented,
@@ -146,7 +153,7 @@ def _read_job(
     if recipe.teacher and "attention_score_mse" in recipe.objectives:
         check_attention_scores(recipe.teacher)
     if start not in ("teacher", "scratch") and Path(start) not in before:
-        hub.find_checkpoint(start)
+        find_start(start)
     return job
 
 

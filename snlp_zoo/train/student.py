@@ -15,6 +15,7 @@ from snlp_zoo.data.tokenizers import train_tokenizer
 from snlp_zoo.distill.distiller import gives_attention_scores
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
+from snlp_zoo.models.checkpoint import read_json
 from snlp_zoo.models.transfer import by_short_name, copy_weights, short_name
 from snlp_zoo.train.converted import converted_config, make_converted
 from snlp_zoo.train.recipe import Recipe
@@ -145,6 +146,21 @@ def _classes(recipe: Recipe) -> dict[str, Any]:
     return registry.model_classes()[str(recipe.model.model_type)]
 
 
+def find_start(path_or_entry: str) -> Path:
+    """The folder of a saved student that training can start from.
+
+    Raises:
+        RecipeError: its weights are packed.
+        CheckpointError: there is none.
+    """
+    folder = hub.find_checkpoint(path_or_entry)
+    if read_json(folder / "config.json").get("packed"):
+        raise RecipeError(
+            f"model.init_from: {path_or_entry} is packed for inference; name the student it was made from"
+        )
+    return folder
+
+
 def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
     """Copy a saved student's weights into another, in place, by name and shape; what keeps its start is logged.
 
@@ -157,11 +173,7 @@ def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
         RecipeError: no layer fits, or the weights are packed.
         CheckpointError: no such model, or it is damaged.
     """
-    source = hub.load(path_or_entry)
-    if source.config.packed:
-        raise RecipeError(
-            f"model.init_from: {path_or_entry} is packed for inference; name the student it was made from"
-        )
+    source = registry.load(find_start(path_or_entry))
     ours, theirs = by_short_name(student), by_short_name(source)
     parameters = {short_name(student, name) for name, _ in student.named_parameters()}
     buffers = ours.keys() - parameters

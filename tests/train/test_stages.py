@@ -228,6 +228,7 @@ def test_a_lost_stage_is_done_again_with_all_after_it(finished, staged, tmp_path
         ({"train": {"batch_sise": 1}}, RecipeError, "stage 'last': train.batch_sise: unknown key; .*'batch_size'"),
         ({"model": {"config": {"time_stepps": 1}}}, RecipeError, "time_stepps.*time_steps"),
         ({"model": {"init_from": "no/such"}}, CheckpointError, "no/such"),
+        ({"model": {"init_from": "spikelm_mini_158_sst2"}}, RecipeError, "packed for inference"),
         ({"model": 3}, RecipeError, "stage 'last': model"),
         ({"data": {"source": "no/such.tsv"}}, DataError, "no/such.tsv"),
         ({"data": {"max_length": 65}}, RecipeError, "max_length 65.*64 positions"),

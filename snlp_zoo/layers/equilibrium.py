@@ -54,14 +54,14 @@ class AverageRate:
     def add(self, spikes: Tensor) -> None:
         """spikes [T, ...]: the next steps."""
         steps, state = len(spikes), torch.promote_types(spikes.dtype, torch.float32)
+        if not self.weight:  # made on the device: a copy to a GPU cannot be captured in a graph
+            self.total = spikes.new_zeros((), dtype=state)
         if self.leak == 1:  # the powers below would be right too, but the sum must be exact in integers
-            total = spikes.sum(0, dtype=state)
-            self.total = self.total.to(total) + total if self.weight else total
+            self.total = self.total.to(spikes.device, state) + spikes.sum(0, dtype=state)
             self.weight += steps
             return
         powers = self.leak ** torch.arange(steps - 1, -1, -1, device=spikes.device, dtype=state)
-        total = torch.tensordot(powers, spikes.to(state), 1)
-        self.total = self.total.to(powers) * self.leak**steps + total if self.weight else total
+        self.total = self.total.to(powers) * self.leak**steps + torch.tensordot(powers, spikes.to(state), 1)
         self.weight = self.weight * self.leak**steps + sum(self.leak**k for k in range(steps))
 
     @property

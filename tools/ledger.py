@@ -154,10 +154,12 @@ def collect(folders: list[Path], number: int = 16) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, str], list[tuple[int, Path, Recipe]]] = {}
     for folder in folders:
-        if (folder / "summary.json").is_file():
-            recipe = load_recipe(str(folder / "recipe.yaml"))
-            _, last = stage_recipes(recipe, folder)[-1]
-            groups.setdefault((recipe.name, dataset_of(last)), []).append((recipe.train.seed, folder, recipe))
+        if not (folder / "summary.json").is_file():
+            print(f"{folder}: left out, for it holds no finished run", file=sys.stderr)
+            continue
+        recipe = load_recipe(str(folder / "recipe.yaml"))
+        _, last = stage_recipes(recipe, folder)[-1]
+        groups.setdefault((recipe.name, dataset_of(last)), []).append((recipe.train.seed, folder, recipe))
     records = []
     for (entry, dataset), runs in sorted(groups.items()):
         runs.sort(key=lambda run: run[0])
@@ -294,17 +296,20 @@ def main() -> None:
     collecting.add_argument("--output", type=Path, default=Path("ledger.json"))
     collecting.add_argument("--limit", type=int, default=16, help="Texts that energy is estimated on.")
     collecting.add_argument("--commit", default=commit(), help="Where there is no git to ask.")
-    collecting.add_argument("--sharing", type=int, default=1, help="Trainings that ran side by side on one GPU.")
+    collecting.add_argument("--hardware", default=hardware(), help="What trained, if that is not what collects.")
+    collecting.add_argument("--sharing", type=int, default=1, help="Trainings that ran side by side.")
     writing = commands.add_parser("write")
     writing.add_argument("records", type=Path)
     options = parser.parse_args()
     if options.command == "collect":
-        where = hardware() + (f", shared by {options.sharing} trainings" if options.sharing > 1 else "")
+        where = options.hardware + (f", shared by {options.sharing} trainings" if options.sharing > 1 else "")
         more = {"hardware": where, "torch": torch.__version__} | ({"commit": options.commit} if options.commit else {})
         records = [record | more for record in collect(options.folders, options.limit)]
         options.output.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         print(f"{len(records)} records in {options.output}")
         return
+    if not options.records.is_file():
+        parser.error(f"there is no file {options.records}; `collect` writes one")
     write(json.loads(options.records.read_text(encoding="utf-8")))
     for page in ("readme_table.py", "published.py"):
         subprocess.run([sys.executable, Path(__file__).parent / page], check=True)

@@ -41,10 +41,11 @@ results:
     return folder / "mine.yaml"
 
 
-def test_runs_of_several_seeds_are_one_record(ledger, trained, run, data_folder):
+def test_runs_of_several_seeds_are_one_record(ledger, trained, run, data_folder, capsys):
     second, _ = run(train={"seed": 1})
     unfinished = second.parent
     (record,) = ledger.collect([second, trained.folder, unfinished], number=5)
+    assert f"{unfinished}: left out" in capsys.readouterr().err
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (trained.folder, second)]
     scores = [summary["student_accuracy"] for summary in summaries]
     assert record["value"] == pytest.approx(statistics.mean(scores), abs=1e-5)

@@ -120,9 +120,7 @@ def _result_lines(result: Result) -> list[str]:
 
     lines = []
     if result.value is not None:
-        deviation = "" if result.deviation is None else f" +- {score(result.deviation)}"
-        seeds = f" ({len(result.runs)} seed{'s' * (len(result.runs) > 1)})" if result.runs else ""
-        lines.append(f"{score(result.value)}{deviation}{seeds}")
+        lines.append(result.spread(score) + (f" ({result.number_of_seeds})" if result.runs else ""))
     others = {"teacher": result.teacher_value, "bag of words": result.baseline_value}
     others["paper"] = result.paper.value if result.paper else None
     lines.append(", ".join(f"{who} {score(value)}" for who, value in others.items() if value is not None))

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_type_hints
 
 import transformers
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from snlp_zoo import models, pretrained
+from snlp_zoo.checked import Checked
 from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.models.checkpoint import architecture, check_tokenizer, read_json
 from snlp_zoo.models.configuration import SpikingConfig, make_config
@@ -55,22 +56,20 @@ _MAPPINGS = {  # task -> transformers' configuration class -> model class
 _OF_FILES = {"packed", "salient", "quant_method"}  # of SpikingConversionConfig: what saved weights are, not a choice
 
 
-class Entry(BaseModel):
+class Entry(Checked):
     """One zoo entry: the data of zoo_configs/<name>.yaml.
 
     convert: arguments of `convert.to_spiking`, of a model of transformers, whose model_type and config are then meant.
     source: paper, code, and, where convert is given, weights: what `snlp-zoo convert` starts from.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     model_type: str
     config: dict[str, Any]
     task: Task = "sequence-classification"
     description: str = ""
     recipe: str | None = None
-    source: dict[str, str] = {}
-    results: list[Result] = []
+    source: dict[str, str] = Field({})
+    results: list[Result] = Field([])
     convert: dict[str, Any] | None = None
 
     @field_validator("convert")

@@ -3,21 +3,18 @@
 Shares and scores are fractions of 1, but for perplexity and bits. A field that nobody measured is not there.
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from snlp_zoo.checked import Checked
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Checked(BaseModel):
-    """Unknown keys are errors, and nothing changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Paper(_Checked):
+class Paper(Checked):
     """What the paper reports on this data set: its value, of a model of so many parameters at T = time_steps."""
 
     value: Finite
@@ -27,7 +24,7 @@ class Paper(_Checked):
     source: str | None = None  # which table or page, and of what, if it is not what the entry's source says
 
 
-class EnergyRatios(_Checked):
+class EnergyRatios(Checked):
     """Energy of the dense float network / the spiking one's, `energy.estimate` with its own costs and memory."""
 
     products: Finite | None = None  # as papers count
@@ -37,7 +34,7 @@ class EnergyRatios(_Checked):
     seed: int | None = None  # of the model that ran
 
 
-class Result(_Checked):
+class Result(Checked):
     """One score of a trained model on one data set: a mean over seeds, or of one seed."""
 
     dataset: str
@@ -71,3 +68,13 @@ class Result(_Checked):
     def runs(self) -> list[int]:
         """Seeds of the runs that the value is the mean of."""
         return self.seeds or ([] if self.seed is None else [self.seed])
+
+    @property
+    def number_of_seeds(self) -> str:
+        """In words: 3 seeds."""
+        return f"{len(self.runs)} seed{'s' * (len(self.runs) != 1)}"
+
+    def spread(self, shown: Callable[[float], str]) -> str:
+        """Mean +- standard deviation as `shown` writes numbers, or what there is of them."""
+        numbers = [shown(number) for number in (self.value, self.deviation) if number is not None]
+        return " +- ".join(numbers)

@@ -7,6 +7,7 @@ only source is a memory of it.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from snlp_zoo import registry
@@ -161,9 +162,8 @@ def status(claim: Published, ours: list[tuple[str, str, int, float, Result]]) ->
     sign = -1 if claim.lower_is_better else 1
     name, steps, bits, best = max(alike, key=lambda one: sign * one[3].value)
     reached = sign * best.value >= sign * claim.value
-    seeds = f"{len(best.runs)} seed{'s' * (len(best.runs) != 1)}"
-    spread = f" +- {shown(claim.metric, best.deviation)}" if best.deviation is not None else ""
-    by = f"{shown(claim.metric, best.value)}{spread}, {seeds}, {name}, T = {steps}, {bits:g} bits"
+    spread = best.spread(partial(shown, claim.metric))
+    by = f"{spread}, {best.number_of_seeds}, {name}, T = {steps}, {bits:g} bits"
     return ("reproduced" if reached else "not reproduced"), by
 
 

@@ -1,6 +1,7 @@
 """Write the tables of README.md, the zoo and the ledger of results, from zoo_configs; `--check` fails if one is old."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,9 +63,7 @@ def _ours(result: Result) -> str:
     """Mean +- standard deviation (seeds)."""
     if result.value is None:
         return ""
-    deviation = "" if result.deviation is None else f" +- {_score(result, result.deviation)}"
-    seeds = f" ({len(result.runs)} seed{'s' * (len(result.runs) > 1)})" if result.runs else ""
-    return f"{_score(result, result.value)}{deviation}{seeds}"
+    return result.spread(partial(_score, result)) + (f" ({result.number_of_seeds})" if result.runs else "")
 
 
 def _task(result: Result) -> str:

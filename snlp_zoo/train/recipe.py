@@ -13,17 +13,18 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from snlp_zoo import registry
+from snlp_zoo.checked import Checked
 from snlp_zoo.distill.matching import LAYER_MAPS
 from snlp_zoo.distill.objectives import OBJECTIVES, check_options
 from snlp_zoo.errors import RecipeError
-from snlp_zoo.train.parts import DataPart, ModelPart, ObjectivePart, Part, TeacherPart, TokenizerPart, TrainPart
+from snlp_zoo.train.parts import DataPart, ModelPart, ObjectivePart, TeacherPart, TokenizerPart, TrainPart
 from snlp_zoo.train.schedules import value_at
 
 STAGE_KEYS = ("task", "model", "data", "tokenizer", "teacher", "objectives", "projection", "layer_map", "train")
 _WHOLE = ("objectives", "tokenizer")
 
 
-class Recipe(Part):
+class Recipe(Checked):
     """One training run."""
 
     name: str

@@ -8,13 +8,13 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from snlp_zoo.checked import Checked
 
 
-class Schedule(BaseModel):
+class Schedule(Checked):
     """A number that goes from `start` to `end` over the first share `until` of a run and stays there."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     start: float = Field(ge=0, allow_inf_nan=False)
     end: float = Field(ge=0, allow_inf_nan=False)

@@ -26,6 +26,11 @@ Piece = tuple[slice, Tensor | None]
 WHOLE: list[Piece] = [(slice(None), None)]
 
 
+def captured(x: Tensor) -> bool:
+    """Whether what is done to x becomes part of a CUDA graph, so that no value can be looked at."""
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 def pieces(mask: Tensor | None, carry: bool) -> list[Piece]:
     """A batch of texts cut where the padding of any of them begins or ends, so that padding can freeze every state.
 
@@ -34,10 +39,16 @@ def pieces(mask: Tensor | None, carry: bool) -> list[Piece]:
         carry: the state after the last token is wanted. If not, padding that nothing real follows does no harm.
     Returns:
         For each piece its columns and which texts are real there, [B]; None: no state needs to be kept from it.
+    A CUDA graph cannot look at the mask: captured, the batch must need no cut, else the device stops with an error.
     """
-    if mask is None or (real := mask.bool()).all():  # on a GPU this waits for the device, once per forward
+    if mask is None:
         return WHOLE
-    if not carry and not (real[:, 1:] & ~real[:, :-1]).any():
+    real = mask.bool()
+    uncut = real.all() if carry else ~(real[:, 1:] & ~real[:, :-1]).any()
+    if captured(mask):
+        torch._assert_async(uncut, "in a CUDA graph padding must be on the right, and nowhere before a cache")
+        return WHOLE
+    if uncut:  # on a GPU this waits for the device, once per forward
         return WHOLE
     edges = (real[:, 1:] != real[:, :-1]).any(0).nonzero().flatten() + 1
     return [(slice(start, end), real[:, start]) for start, end in pairwise([0, *edges.tolist(), real.shape[1]])]
@@ -165,7 +176,7 @@ class SpikingDecoder(SpikingDecoderPreTrainedModel):
             )
         if ids is None:
             return given
-        if ids.device.type == "cpu" or not (self.training or past):
+        if not captured(ids) and (ids.device.type == "cpu" or not (self.training or past)):
             (low, high), size = (int(x) for x in ids.aminmax()), self.embeddings.num_embeddings
             if low < 0 or high >= size:
                 raise ValueError(

@@ -7,11 +7,14 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, RwkvConfig
 
 import snlp_zoo
+from snlp_zoo.data.streams import Crops, Stream
 from snlp_zoo.distill.distiller import Distiller
-from snlp_zoo.train.graphs import can_replay, padded
+from snlp_zoo.models import decoder
+from snlp_zoo.train.graphs import ReplayedSteps, can_replay, padded
 from snlp_zoo.train.parts import TrainPart
 
 FAMILIES = ["spikelm", "spikingbert", "spikebert"]
@@ -85,6 +88,104 @@ def test_padding_changes_no_loss(family):
     torch.testing.assert_close(distiller(padded(batch, *distiller.configs)), losses)
     for name, value in student.named_buffers():
         torch.testing.assert_close(value, after[name], msg=name)
+
+
+# ---- causal models, which cut a batch by its mask unless a graph is captured ----
+
+
+INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
+class Unread(TorchDispatchMode):
+    """Refuses what waits for a device: values that are read, and shapes that depend on them."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        reads = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(function.tags)
+        if function.overloadpacket in INDEXING:
+            reads = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        assert not reads, function
+        return function(*args, **(kwargs or {}))
+
+
+def causal(task, **options):
+    """A distiller of a model whose blocks fire, and a maker of batches as the loop gets them."""
+    torch.manual_seed(0)
+    student = snlp_zoo.build("spikegpt_tiny", task=task, v_threshold=0.3, hidden_dropout_prob=0.0, **options)
+    for parameter in student.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
+    distiller = Distiller(student, None, {"cross_entropy": {}, "l2wrap": {}, "spike_rate": {}}).train()
+
+    def draw():
+        ids = torch.randint(1, 120, (61,))
+        if task == "causal-lm":  # the last crop is shorter: it has padding
+            return Crops(Stream(ids.int(), 1, 1, 0), 20).collate([0, 20, 45])
+        mask = (torch.arange(20) < torch.tensor([[20], [9], [4]])).long()
+        batch = {"input_ids": ids[:60].view(3, 20) * mask, "attention_mask": mask, "labels": torch.tensor([0, 1, 0])}
+        return batch | {"index": torch.arange(3)}
+
+    return distiller, lambda: padded(draw(), *distiller.configs)
+
+
+def differentiated(distiller, batch):
+    distiller.zero_grad()
+    losses = distiller(batch)
+    losses.sum().backward()
+    return losses.detach(), {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
+
+
+CAUSAL = pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("causal-lm", {}),
+        ("causal-lm", {"wiring": "spike_driven", "learnable_surrogate": True}),
+        ("causal-lm", {"weight_bits": 1.58}),
+        ("sequence-classification", {}),
+        ("sequence-classification", {"classifier_pooling": "last"}),
+    ],
+)
+
+
+@CAUSAL
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_of_a_causal_model_reads_nothing(task, options, autocast, monkeypatch):
+    distiller, draw = causal(task, **options)
+    batch = draw()
+    assert not batch["attention_mask"].all()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = differentiated(distiller, batch)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"), Unread():
+            distiller(batch)
+        monkeypatch.setattr(decoder, "captured", lambda x: True)
+        with Unread():
+            found = differentiated(distiller, batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(gradient.any() for gradient in found[1].values())
+
+
+def test_a_captured_step_takes_no_other_padding(monkeypatch):
+    monkeypatch.setattr(decoder, "captured", lambda x: True)
+    distiller, draw = causal("causal-lm")
+    batch = draw()
+    with pytest.raises(RuntimeError, match="padding must be on the right"):
+        distiller(batch | {"attention_mask": batch["attention_mask"].flip(1)})
+    with pytest.raises(RuntimeError, match="nowhere before a cache"):
+        distiller.student(batch["input_ids"], batch["attention_mask"], use_cache=True)
+
+
+@pytest.mark.gpu
+@CAUSAL
+def test_replayed_gradients_of_a_causal_model(task, options):
+    distiller, draw = causal(task, **options)
+    distiller.cuda()
+    replayed = ReplayedSteps(distiller, lambda batch: differentiated(distiller, batch)[0])
+    for _ in range(4):
+        batch = {name: values.cuda() for name, values in draw().items()}
+        expected = differentiated(distiller, batch)
+        losses = replayed(batch).clone()
+        gradients = {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
+        torch.testing.assert_close((losses, gradients), expected, rtol=1e-3, atol=1e-5)
+    assert len(replayed.graphs) == 1
 
 
 def test_on_a_cpu_nothing_changes(run, trained):

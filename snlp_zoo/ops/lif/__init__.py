@@ -66,7 +66,7 @@ def lif(
         surrogate = replace(surrogate, alpha=surrogate.alpha.to(current.device, state))
     with torch.set_grad_enabled(torch.is_grad_enabled() and spike_dtype not in _LOW):
         if chosen == "torch":
-            leak = torch.tensor(leak_value, dtype=state, device=current.device) if leak is None else leak
+            leak = torch.full((), leak_value, dtype=state, device=current.device) if leak is None else leak
             run = lif_parallel if worthwhile(current, tau, surrogate) else lif_analytic
             spikes, v = run(current, v_init, leak, *options, surrogate, carry_out)
             spikes = spikes.to(spike_dtype or current.dtype)

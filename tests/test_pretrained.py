@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import snlp_zoo
@@ -264,6 +265,27 @@ def test_a_shipped_language_model(shipped, ship, tmp_path):
     assert kept["student"]["perplexity"] == pytest.approx(kept["before_packing"]["perplexity"], rel=5e-3)
     result = CliRunner().invoke(cli.app, ["generate", "spikegpt_tiny", "what", "--max-new-tokens", "3"])
     assert result.exit_code == 0
+
+
+def test_a_shipped_language_model_of_few_bits(shipped, ship, tmp_path):
+    """Embeddings keep a bit, the head is stored in half precision, scales are not."""
+    entry, size = "spikegpt_mini_158", {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64}
+    shipped(entry, num_hidden_layers=2, **size)
+    check_files(entry)
+    parameters = registry.build(entry, num_hidden_layers=2, **size).num_parameters()
+    assert f"| parameters | {parameters:,} |" in (pretrained.FOLDER / entry / "README.md").read_text()
+    check_sample(entry, ship)
+    check_scores(entry, tmp_path / "dev.tsv")
+    kept, folder = pretrained.metrics(entry), pretrained.FOLDER / entry
+    assert kept["student"]["perplexity"] == pytest.approx(kept["before_packing"]["perplexity"], rel=5e-3)
+    stored = load_file(folder / "model.safetensors")
+    assert stored["spikegpt.embeddings.weight_packed"].shape == (100, 32 // 8)
+    assert stored["lm_head.weight"].dtype == torch.float16
+    assert {x.dtype for name, x in stored.items() if name.endswith("weight_scale")} == {torch.float32}
+    result = CliRunner().invoke(cli.app, ["generate", entry, "what", "--max-new-tokens", "3"])
+    assert result.exit_code == 0
+    result = CliRunner().invoke(cli.app, ["energy", entry, "--text", "what a day", "--json"], catch_exceptions=False)
+    assert json.loads(result.stdout)["tokens"] == 10
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ tokenizer, card, and metrics.json with the scores of exactly these files.
 
     python tools/ship.py runs/spikelm_mini_158_sst2 spikelm_mini_158_sst2 --data sst2/dev.tsv.gz --text sentence \\
         --dataset stanfordnlp/sst2 --split validation --labels negative positive --trained-on sst2 novels --output out
-Weights of 1.58 and 1 bit are packed, which only rounds otherwise, and a classifier's embeddings beside them kept in
-int8, which may cost a sentence or two; other models go in float16, which loads as float32. The run and what was
+Weights of 1.58 and 1 bit are packed, which only rounds otherwise, and embeddings beside them kept small where `pack`
+can, which in int8 may cost a sentence or two; all others go in float16, which loads as float32. The run and what was
 written are both scored by what `snlp-zoo evaluate` calls, on a CPU unless told --gpu. A sample of public tweets gets
 predictions that any machine must repeat, see `sample`; `--resample`, with FOLDER/ENTRY ENTRY, makes it later.
 `--archive FILE.tar.gz` also packs the folder.
@@ -78,10 +78,11 @@ def write(folder: Path, target: Path, labels: list[str] | None) -> None:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {name: number for number, name in enumerate(labels)}
     if model.config.weight_bits != 32 and not model.config.packed:
-        pack(model, int8_embeddings=model.get_output_embeddings() is None)
-    state = model.state_dict()
-    if not model.config.packed:
-        state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        pack(model, int8_embeddings=model.small_table is not None)
+    state = {
+        name: tensor.half() if tensor.is_floating_point() and not name.endswith("weight_scale") else tensor
+        for name, tensor in model.state_dict().items()
+    }
     model.save_pretrained(target, state_dict=state)
     registry.load_tokenizer(folder).save_pretrained(target)
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from snlp_zoo.ops.bit_linear import WEIGHT_BITS, bit_linear, pack_weight, packed_bytes, straight_through
+from snlp_zoo.ops.bit_linear import (
+    WEIGHT_BITS,
+    bit_linear,
+    pack_signs,
+    pack_weight,
+    packed_bytes,
+    straight_through,
+    unpack_weight,
+)
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 PACKED_BUFFERS = ("weight_packed", "weight_int8")  # endings of the names of what packing writes
@@ -154,15 +162,52 @@ class Int8Embedding(nn.Module):
         return "{}, {}".format(*self.weight_int8.shape)
 
 
-def int8_tables(module: nn.Module, filled: bool = True) -> None:
-    """Replace every embedding in `module` by an `Int8Embedding`, of its values, or (not filled) empty."""
+class SignEmbedding(nn.Module):
+    """The signs of an embedding table, a bit each, 0 being positive: all that a neuron with threshold 0 sees of it; for
+    inference.
+
+    Args:
+        num_embeddings, embedding_dim: the table's rows and width.
+    State that is saved: `weight_packed`, uint8 [rows, bytes], and `weight_scale`, 1, in the dtype of what comes out.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        codes = torch.zeros(num_embeddings, packed_bytes(embedding_dim, 1), dtype=torch.uint8)
+        self.register_buffer("weight_packed", codes)
+        self.register_buffer("weight_scale", torch.ones(1))
+
+    @classmethod
+    @torch.no_grad()
+    def from_table(cls, table: Tensor) -> "SignEmbedding":
+        """The signs of a table [rows, width], in its dtype."""
+        made = cls(*table.shape)
+        made.weight_packed, made.weight_scale = pack_signs((table >= 0).to(torch.int8), 1), table.new_ones(1)
+        return made
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> -1 or 1, [..., width]."""
+        signs = unpack_weight(self.weight_packed[ids.flatten()], 1, self.embedding_dim)
+        return signs.view(*ids.shape, -1) * self.weight_scale
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+Table = type[Int8Embedding] | type[SignEmbedding]
+
+
+def small_tables(module: nn.Module, kind: Table, filled: bool = True) -> None:
+    """Replace every embedding in `module` by one of this kind, of its values, or (not filled) empty."""
     for name, child in module.named_children():
         if isinstance(child, nn.Embedding):
-            setattr(
-                module, name, Int8Embedding.from_table(child.weight) if filled else Int8Embedding(*child.weight.shape)
-            )
+            setattr(module, name, kind.from_table(child.weight) if filled else kind(*child.weight.shape))
         else:
-            int8_tables(child, filled)
+            small_tables(child, kind, filled)
 
 
 def pack(model: AnyModule, int8_embeddings: bool = False) -> AnyModule:
@@ -174,12 +219,13 @@ def pack(model: AnyModule, int8_embeddings: bool = False) -> AnyModule:
 
     Args:
         model: with layers of 1.58 or 1 bits (weight_bits in its configuration).
-        int8_embeddings: keep embedding tables in int8 with one scale per row, too; changes outputs a little.
+        int8_embeddings: keep embedding tables small, too: in int8 with one scale per row, which changes outputs a
+            little, or, where a model makes spikes of their signs, in a bit each, which changes nothing.
     Returns:
         The model, in evaluation mode.
     Raises:
-        ValueError: no low-bit layers, packed already, or int8_embeddings of a converted model or where a head shares
-            the table.
+        ValueError: no low-bit layers, packed already, or int8_embeddings of a converted model or of one that needs its
+            table whole.
     """
     layers = [module for module in model.modules() if isinstance(module, BitLinear) and module.bits in WEIGHT_BITS]
     if not layers:
@@ -191,14 +237,16 @@ def pack(model: AnyModule, int8_embeddings: bool = False) -> AnyModule:
         raise ValueError(
             f"pack: {type(model).__name__} is converted and keeps its embeddings; leave int8_embeddings out"
         )
-    if int8_embeddings and getattr(model, "get_output_embeddings", lambda: None)() is not None:
+    table: Table | None = getattr(model, "small_table", Int8Embedding)
+    if int8_embeddings and table is None:
         raise ValueError(
-            f"pack: the head of {type(model).__name__} shares the embedding table; leave int8_embeddings out"
+            f"pack: the head of {type(model).__name__} shares the embedding table, or its neurons need it whole; "
+            "leave int8_embeddings out"
         )
     for layer in layers:
         layer.pack()
-    if int8_embeddings:
-        int8_tables(model)
+    if int8_embeddings and table is not None:
+        small_tables(model, table)
     if conversion is not None:
         conversion.packed = True
     elif (config := getattr(model, "config", None)) is not None:

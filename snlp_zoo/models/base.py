@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.layers import BitLinear, ElasticBiSpike
-from snlp_zoo.layers.quant import Int8Embedding
+from snlp_zoo.layers.quant import Int8Embedding, SignEmbedding, Table
 from snlp_zoo.models.cache import SpikingCache
 from snlp_zoo.models.checkpoint import architecture, check_finite, check_weights, locate, read_json, stored_weights
 from snlp_zoo.models.configuration import SpikingConfig, config_names, read_config
@@ -76,6 +76,11 @@ class SpikingPreTrainedModel(PreTrainedModel):
     # where gradients of spikes come from; straight through (bi-spike) and at equilibrium there is no surrogate
     gradient: ClassVar[Literal["surrogate", "straight_through", "equilibrium"]] = "surrogate"
 
+    @property
+    def small_table(self) -> Table | None:
+        """As what `layers.pack` can keep embedding tables; None: not at all, as a head shares them."""
+        return Int8Embedding if self.get_output_embeddings() is None else None
+
     @classmethod
     def from_pretrained(
         cls,
@@ -133,7 +138,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Int8Embedding) or (isinstance(module, BitLinear) and module.packed):
+        if isinstance(module, Int8Embedding | SignEmbedding) or (isinstance(module, BitLinear) and module.packed):
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 (init.ones_ if name == "weight_scale" else init.zeros_)(tensor)
             return

@@ -50,8 +50,16 @@ class SpikeGPTConfig(SpikingDecoderConfig):
             raise ValueError(
                 f"spikegpt: tau must be above 1 and v_threshold positive, got {self.tau} and {self.v_threshold}"
             )
-        if self.int8_embeddings:
-            raise ValueError("spikegpt: its embeddings become spikes by their signs; int8_embeddings must be false")
+        if self.int8_embeddings and not self.signs_suffice:
+            raise ValueError(
+                "spikegpt: embeddings that are tied to the head, or do not become spikes by their signs, are kept "
+                "whole; int8_embeddings must be false"
+            )
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
+
+    @property
+    def signs_suffice(self) -> bool:
+        """Whether nothing but the signs of the embeddings is used."""
+        return self.spiking and self.binary_embedding and not self.tie_word_embeddings

@@ -16,7 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from snlp_zoo.errors import ConversionError
-from snlp_zoo.layers.quant import BitLinear, Int8Embedding
+from snlp_zoo.layers.quant import BitLinear, Int8Embedding, SignEmbedding
 from snlp_zoo.layers.spike_linear import Mode, SpikeLinear, check_options
 
 METHOD = "spiking"
@@ -169,6 +169,8 @@ def parameter_count(model: nn.Module) -> int:
             integers += module.in_features * module.out_features
         elif isinstance(module, Int8Embedding):
             integers += module.weight_int8.numel()
+        elif isinstance(module, SignEmbedding):
+            integers += module.num_embeddings * module.embedding_dim
     return sum(parameter.numel() for parameter in model.parameters()) + integers
 
 

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple
 
 from snlp_zoo.layers.firing import firing_rates_recorded
+from snlp_zoo.layers.quant import SignEmbedding
 from snlp_zoo.models.base import SpikingHeadOutput, SpikingModelOutput, SpikingPreTrainedModel
 from snlp_zoo.models.cache import SpikingCache, State
 from snlp_zoo.models.configuration import SpikingDecoderConfig
@@ -99,7 +100,7 @@ class SpikingDecoderPreTrainedModel(SpikingPreTrainedModel):
 class SpikingDecoder(SpikingDecoderPreTrainedModel):
     """A causal model without a head; subclasses set `embeddings`, `layers`, `norm`, and may change `encode`."""
 
-    embeddings: nn.Embedding
+    embeddings: nn.Embedding | SignEmbedding
     layers: nn.ModuleList
     norm: nn.Module
 

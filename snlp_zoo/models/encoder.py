@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLMPredictionHead, BertOnlyMLMHead, BertPooler
 from transformers.utils.generic import can_return_tuple
 
-from snlp_zoo.layers.quant import int8_tables
+from snlp_zoo.layers.quant import Int8Embedding, small_tables
 from snlp_zoo.models.base import SpikingHeadOutput, SpikingModelOutput, SpikingPreTrainedModel
 from snlp_zoo.models.configuration import SpikingEncoderConfig, make_config
 from snlp_zoo.models.transfer import TransferReport, bert_name, by_short_name, copy_weights, short_name, spread_layers
@@ -90,7 +90,7 @@ class SpikingEncoder(SpikingEncoderPreTrainedModel):
         super().__init__(config)
         self.embeddings = self.embeddings_class(config)
         if config.int8_embeddings:
-            int8_tables(self.embeddings, filled=False)
+            small_tables(self.embeddings, Int8Embedding, filled=False)
         self.pooler: nn.Module | None = BertPooler(config) if add_pooling_layer else None
 
     def get_input_embeddings(self) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from snlp_zoo.layers import LIFNode, make_linear
+from snlp_zoo.layers.quant import SignEmbedding
 from snlp_zoo.layers.wkv import WKV4, fired, shifted
 from snlp_zoo.models.cache import State
 from snlp_zoo.models.configuration_spikegpt import SpikeGPTConfig
@@ -184,6 +185,11 @@ class SpikeGPTPreTrainedModel(SpikingDecoderPreTrainedModel):
     def spike_driven(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("*layers.*",) if self.config.spiking and self.config.wiring == "spike_driven" else ()
 
+    @property
+    def small_table(self) -> type[SignEmbedding] | None:
+        """Rounding to int8 would move spikes."""
+        return SignEmbedding if self.config.signs_suffice else None
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As the authors start: in their wiring nothing but embeddings fires before the first step of training."""
@@ -204,7 +210,8 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel, SpikingDecoder):
 
     def __init__(self, config: SpikeGPTConfig) -> None:
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = SignEmbedding if config.int8_embeddings else nn.Embedding
+        self.embeddings = table(config.vocab_size, config.hidden_size)
         self.binarise: LIFNode | None = None
         if config.spiking and config.binary_embedding:
             self.binarise = LIFNode(v_threshold=0.0, backend=config.neuron_backend)

@@ -1,6 +1,7 @@
 """SpikeGPT's equations, sizes, start and training; what holds for every model is in test_contract.py."""
 
 import math
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from snlp_zoo import registry
-from snlp_zoo.errors import RecipeError
+from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.layers import BitLinear, LIFNode, pack
+from snlp_zoo.layers.quant import SignEmbedding
 from snlp_zoo.layers.wkv import WKV4
 from snlp_zoo.models.modeling_spikegpt import SpikeGPTForCausalLM, SpikeGPTModel
 
@@ -332,6 +334,48 @@ def test_low_bit_weights_are_packed_and_generate(bits, tmp_path):
     assert torch.equal(loaded.generate(prompt, max_new_tokens=5), packed.generate(prompt, max_new_tokens=5))
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+@pytest.mark.parametrize("size", [32, 28])  # 28: the last byte of a row is not full
+def test_packed_embeddings_give_the_same_spikes(task, size, tmp_path):
+    model = build(task, weight_bits=1.58, hidden_size=size).float()
+    table = model.get_input_embeddings().weight
+    with torch.no_grad():
+        table[0, :3] = torch.tensor([0.0, -0.0, -1e-45])  # zero fires, the smallest number below it does not
+    ids = torch.arange(120).view(4, 30)
+    base = model.base_model
+    spikes, others = base.encode(table[ids]), deepcopy(model)
+    assert base.binarise(table[:1, :3].unsqueeze(0), from_rest=True).flatten().tolist() == [1, 1, 0]
+    pack(others)  # all but the embeddings
+    pack(model, int8_embeddings=True)
+    assert isinstance(model.get_input_embeddings(), SignEmbedding)
+    assert torch.equal(base.encode(base.embeddings(ids)), spikes)
+    assert torch.equal(model(ids).logits, others(ids).logits)
+    model.save_pretrained(tmp_path)
+    loaded = registry.load(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert f"120, {size}" in repr(loaded.get_input_embeddings())
+    with pytest.raises(CheckpointError, match="embeddings: the weights to load are packed, the model is unpacked"):
+        registry.load(tmp_path, int8_embeddings=False)
+    assert loaded.bfloat16().get_input_embeddings()(ids).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="token id 120 is not in the vocabulary of 120"):
+        loaded(ids + 1)
+
+
+def test_what_the_small_entry_takes_when_packed():
+    """Bytes of weights, as they travel: what is float has two, but for the scales."""
+    state = on_meta("spikegpt_mini_158", packed=True, int8_embeddings=True).state_dict()
+    assert 6.9e6 < sum(x.numel() * min(x.itemsize, 2) for x in state.values()) < 7.0e6
+
+
+@pytest.mark.parametrize("options", [{"binary_embedding": False}, {"spiking": False}, {"tie_word_embeddings": True}])
+def test_embeddings_that_are_more_than_their_signs_are_not_packed(options, tmp_path):
+    model = build(weight_bits=1, **options).float()
+    with pytest.raises(ValueError, match="shares the embedding table, or its neurons need it whole; leave int8_emb"):
+        pack(model, int8_embeddings=True)
+    with pytest.raises(RecipeError, match="int8_embeddings must be false"):
+        registry.build("spikegpt_tiny", weight_bits=1, packed=True, int8_embeddings=True, **options)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_a_classifier_reads_real_tokens(pooling):
     model = build(task="sequence-classification", classifier_pooling=pooling)
@@ -383,7 +427,10 @@ def test_rates_of_texts_that_come_in_pieces():
         ({"v_threshold": 0.0}, "v_threshold positive"),
         ({"surrogate": "step"}, "surrogate must be one of"),
         ({"classifier_pooling": "max"}, "classifier_pooling must be one of mean, last"),
-        ({"weight_bits": 1, "packed": True, "int8_embeddings": True}, "int8_embeddings must be false"),
+        (
+            {"weight_bits": 1, "packed": True, "int8_embeddings": True, "binary_embedding": False},
+            "int8_embeddings must be false",
+        ),
         ({"time_steps": 4}, "no config field 'time_steps'"),
         ({"max_position_embeddings": 4}, "no config field 'max_position_embeddings'"),
     ],

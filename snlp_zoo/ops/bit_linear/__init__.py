@@ -6,13 +6,14 @@ from torch import Tensor
 from snlp_zoo.ops.backend import product_dtype, resolve
 from snlp_zoo.ops.bit_linear import kernel
 from snlp_zoo.ops.bit_linear.quantise import WEIGHT_BITS, check_bits, quantise, straight_through
-from snlp_zoo.ops.bit_linear.reference import pack_reference as _pack
+from snlp_zoo.ops.bit_linear.reference import pack_reference as pack_signs
 from snlp_zoo.ops.bit_linear.reference import packed_bytes, unpack_reference
 
 __all__ = [
     "WEIGHT_BITS",
     "bit_linear",
     "check_bits",
+    "pack_signs",
     "pack_weight",
     "packed_bytes",
     "quantise",
@@ -28,7 +29,7 @@ _INTEGERS = torch.backends.mkldnn.is_available() and getattr(torch.cpu, "_is_vnn
 def pack_weight(weight: Tensor, bits: float, *, centred_scale: bool = False) -> tuple[Tensor, Tensor]:
     """`quantise`, with the signs packed as in `pack_reference`: uint8 [out_features, bytes], and the scale."""
     signs, scale = quantise(weight, bits, centred_scale=centred_scale)
-    return _pack(signs, bits), scale
+    return pack_signs(signs, bits), scale
 
 
 def unpack_weight(codes: Tensor, bits: float, in_features: int) -> Tensor:

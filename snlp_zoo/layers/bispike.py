@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from snlp_zoo.layers.neurons import ElasticBiSpike
+from snlp_zoo.layers.neurons import ElasticBiSpike, make_neuron
 from snlp_zoo.layers.quant import BitLinear
 from snlp_zoo.ops.backend import product_dtype
 from snlp_zoo.ops.bispike import ALPHA_FLOOR, elastic_bispike
@@ -23,7 +23,8 @@ class SpikingLinear(BitLinear):
 
     Args:
         in_features, out_features, bias, bits, packed: as in `BitLinear`.
-        neuron_options: arguments of `ElasticBiSpike` (time_steps, firing_k, beta, ...).
+        neuron: "elastic" or one without an amplitude, "lif", "if" or "plif", see `make_neuron`.
+        neuron_options: its arguments (of "elastic": time_steps, firing_k, beta, ...).
     Source: Xing et al. 2024 (arXiv:2406.03287).
     """
 
@@ -34,21 +35,24 @@ class SpikingLinear(BitLinear):
         bias: bool = True,
         bits: float = 32,
         packed: bool = False,
+        neuron: str = "elastic",
         **neuron_options,
     ) -> None:
         super().__init__(in_features, out_features, bias, bits, packed)
-        self.neuron = ElasticBiSpike(**neuron_options)
+        self.neuron = make_neuron(neuron, **neuron_options)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [T, B, N, in_features] real, mask [B, N] (1 for real tokens) -> [T, B, N, out_features]."""
         self.refuse_training()
+        if not isinstance(self.neuron, ElasticBiSpike):
+            return super().forward(self.neuron(x, from_rest=True, mask=mask))
         if x.shape[0] != self.neuron.time_steps:
             raise ValueError(
                 f"SpikingLinear: axis 0 is T and must be {self.neuron.time_steps}, got shape {tuple(x.shape)}; "
                 "encode with layers.Direct first"
             )
         if self.packed:
-            return self._packed_product(x)
+            return self._packed_product(self.neuron, x)
         spikes = self.neuron(x, from_rest=True, mask=mask)
         amplitude = self.neuron.alpha.detach().clamp_min(ALPHA_FLOOR)
         if self.bits == 32 or torch.is_grad_enabled() or product_dtype(x).itemsize < 4:
@@ -58,8 +62,8 @@ class SpikingLinear(BitLinear):
         y = linear(spikes.sign(), signs).mul_((amplitude * scale).view(-1, 1, 1, 1))
         return y if self.bias is None else y.add_(self.bias)
 
-    def _packed_product(self, x: Tensor) -> Tensor:
-        neuron, codes, scale = self.neuron, self.weight_packed, self.weight_scale
+    def _packed_product(self, neuron: ElasticBiSpike, x: Tensor) -> Tensor:
+        codes, scale = self.weight_packed, self.weight_scale
         dtype = sign_dtype(x, self.out_features)
         if dtype is None:
             return bit_linear(neuron(x, from_rest=True), codes, scale, self.bias, bits=self.bits)

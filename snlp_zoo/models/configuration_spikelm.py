@@ -8,6 +8,8 @@ from snlp_zoo.layers.neurons import ALPHA_MODES
 from snlp_zoo.models.configuration import SpikingEncoderConfig
 from snlp_zoo.ops.bispike import Reset
 
+NEURONS = ("elastic", "lif")
+
 
 @strict
 class SpikeLMConfig(SpikingEncoderConfig):
@@ -20,6 +22,11 @@ class SpikeLMConfig(SpikingEncoderConfig):
         reset: "symmetric", or "reference" for the released recursion.
         alpha_mode: "first_batch" (as released), "ema" or "learned"; see `layers.ElasticBiSpike`.
         alpha_momentum: share of the old amplitude kept per batch in mode "ema".
+        neuron: "elastic", or "lif" for binary spikes {0, 1} of `layers.LIFNode`, to compare with: of the options above
+            these take time_steps alone.
+        tau, v_threshold: of LIF neurons: membrane time constant in time steps, > 1, and what fires, unit of v; half of
+            that after attention. There is no amplitude to learn, and the threshold follows no data: where currents are
+            small a neuron is silent and only its surrogate's gradient, "atan", can wake it.
     """
 
     model_type = "spikelm"
@@ -29,6 +36,9 @@ class SpikeLMConfig(SpikingEncoderConfig):
     reset: str = "symmetric"
     alpha_mode: str = "ema"
     alpha_momentum: float | int = 0.99
+    neuron: str = "elastic"
+    tau: float | int = 2.0
+    v_threshold: float | int = 1.0
 
     def __post_init__(self, **kwargs):
         self._require("reset", get_args(Reset))
@@ -37,5 +47,10 @@ class SpikeLMConfig(SpikingEncoderConfig):
             raise ValueError(
                 "spikelm: firing_k must be positive, membrane_beta and alpha_momentum in [0, 1]; "
                 f"got {self.firing_k}, {self.membrane_beta}, {self.alpha_momentum}"
+            )
+        self._require("neuron", NEURONS)
+        if not (self.tau > 1 and self.v_threshold > 0):
+            raise ValueError(
+                f"spikelm: tau must be above 1 and v_threshold positive, got {self.tau} and {self.v_threshold}"
             )
         super().__post_init__(**kwargs)

@@ -5,6 +5,7 @@ Spiking: the input of every linear layer, keys and values. Real, as in the paper
 LayerNorm, residual stream, pooler and heads.
 Differs from the authors' code: amplitudes follow the data (theirs freeze at the first batch) and ignore padding; a
 negative spike resets the membrane like a positive one. `reset="reference", alpha_mode="first_batch"` is theirs.
+`neuron="lif"` has binary spikes in place of ternary ones, to compare with.
 Shapes: T, B, N, D, H, E = D / H as in ops/lif/reference.py.
 """
 
@@ -16,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple
 
-from snlp_zoo.layers import Direct, ElasticBiSpike, SpikingLinear
+from snlp_zoo.layers import Direct, SpikingLinear, make_neuron
 from snlp_zoo.layers.firing import firing_rates_recorded
-from snlp_zoo.layers.neurons import amplitudes_updated
+from snlp_zoo.layers.neurons import BaseNode, amplitudes_updated
 from snlp_zoo.models.base import SpikingModelOutput
 from snlp_zoo.models.configuration_spikelm import SpikeLMConfig
 from snlp_zoo.models.encoder import (
@@ -30,7 +31,12 @@ from snlp_zoo.models.encoder import (
 from snlp_zoo.ops.backend import product_dtype
 
 
-def _neuron_options(config: SpikeLMConfig) -> dict[str, Any]:
+def _neuron_options(config: SpikeLMConfig, share: float = 1.0) -> dict[str, Any]:
+    """Arguments of a neuron; a binary one fires at this share of the model's threshold."""
+    if config.neuron == "lif":
+        return {
+            "tau": float(config.tau), "v_threshold": share * config.v_threshold, "backend": config.neuron_backend
+        }  # fmt: skip
     return {
         "time_steps": config.time_steps,
         "firing_k": config.firing_k,
@@ -42,9 +48,15 @@ def _neuron_options(config: SpikeLMConfig) -> dict[str, Any]:
     }
 
 
-def _linear(config: SpikeLMConfig, inputs: int, outputs: int) -> SpikingLinear:
-    bits, packed = config.weight_bits, config.packed
-    return SpikingLinear(inputs, outputs, bits=bits, packed=packed, **_neuron_options(config))
+def _attended(config: SpikeLMConfig) -> BaseNode:
+    """A neuron of keys or values, re-spiked so that both attention products are additions; memoryless if elastic."""
+    changes = {"beta": 0.0} if config.neuron == "elastic" else {}
+    return make_neuron(config.neuron, **_neuron_options(config) | changes)
+
+
+def _linear(config: SpikeLMConfig, inputs: int, outputs: int, share: float = 1.0) -> SpikingLinear:
+    kinds: dict[str, Any] = {"bits": config.weight_bits, "packed": config.packed, "neuron": config.neuron}
+    return SpikingLinear(inputs, outputs, **kinds, **_neuron_options(config, share))
 
 
 def _padding(mask: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
@@ -54,19 +66,18 @@ def _padding(mask: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class SpikeLMAttention(nn.Module):
-    """Softmax attention of real queries over ternary keys and values, with residual and norm."""
+    """Softmax attention of real queries over spiking keys and values, with residual and norm."""
 
     def __init__(self, config: SpikeLMConfig) -> None:
         super().__init__()
-        size, options = config.hidden_size, _neuron_options(config)
+        size = config.hidden_size
         self.num_heads, self.head_size = config.num_attention_heads, size // config.num_attention_heads
         self.query = _linear(config, size, size)
         self.key = _linear(config, size, size)
         self.value = _linear(config, size, size)
-        # re-spiked so that both attention products are additions; memoryless: beta 0
-        self.key_spikes = ElasticBiSpike(**options | {"beta": 0.0})
-        self.value_spikes = ElasticBiSpike(**options | {"beta": 0.0})
-        self.output = _linear(config, size, size)
+        self.key_spikes, self.value_spikes = _attended(config), _attended(config)
+        # means of binary values never reach a threshold of 1
+        self.output = _linear(config, size, size, share=0.5)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)

@@ -22,9 +22,11 @@ TINY = [
     and entry.model_type != "spikegpt"  # its time is that of tokens: test_spikegpt_counts.py
 ]
 SPIKEBERT = [entry for entry in TINY if entry.startswith("spikebert")]  # without softmax, with counts of spikes
+LIF = {"neuron": "lif", "v_threshold": 0.05}
 CASES = [
-    (entry, packed)
+    (entry, packed, changes)
     for entry in TINY
+    for changes in (({}, LIF) if entry.startswith("spikelm") else ({},))
     for packed in (False, True)
     if entry not in SPIKEBERT and (not packed or entry.endswith(("158", "1bit")))
 ]
@@ -83,16 +85,16 @@ def by_role(counter):
     return {role: {k: v for k, v in counts.items() if v} for role, counts in found.items() if sum(counts.values())}
 
 
-@pytest.mark.parametrize(("entry", "packed"), CASES)
-def test_products(entry, packed, model_of, batch_of):
-    model = model_of(entry, packed=packed)
+@pytest.mark.parametrize(("entry", "packed", "changes"), CASES)
+def test_products(entry, packed, changes, model_of, batch_of):
+    model = model_of(entry, packed=packed, **changes)
     batch = batch_of(N)
     counter, time_steps, _, tokens = count(model, batch)
     family, config = model.config.model_type, model.config
     spikes = spikes_of(model, batch["input_ids"])
     assert (time_steps, tokens, counter.problems) == (config.time_steps, N, {})
     rows = {row.name: row for row in counter.rows.values() if row.role == "matmul"}
-    expected_kind = "ternary" if family == "spikelm" else "binary"
+    expected_kind = "ternary" if family == "spikelm" and not changes else "binary"
     for layer in range(config.num_hidden_layers):
         block = f"{family}.layers.{layer}"
         for part in ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.up", "mlp.down"):
@@ -114,9 +116,9 @@ def test_products(entry, packed, model_of, batch_of):
     assert {name: (row.ac, row.mac) for name, row in rows.items()} == {name: (0, macs) for name, macs in head.items()}
 
 
-@pytest.mark.parametrize(("entry", "packed"), CASES)
-def test_everything_else(entry, packed, model_of, batch_of):
-    model = model_of(entry, packed=packed)
+@pytest.mark.parametrize(("entry", "packed", "changes"), CASES)
+def test_everything_else(entry, packed, changes, model_of, batch_of):
+    model = model_of(entry, packed=packed, **changes)
     counter, *_ = count(model, batch_of(N))
     c = model.config
     T, D, F, L, H, C = (
@@ -140,6 +142,9 @@ def test_everything_else(entry, packed, model_of, batch_of):
             "readout": {"add": T * N * D, "mul": N * D},
             "amplitude": {"mul": attention + (0 if low else outputs)},
         }
+        if changes:  # binary: no amplitudes, and every neuron leaks
+            del expected["amplitude"]
+            expected["neuron"]["mul"] += 2 * memoryless
     else:
         neurons, chunks = T * N * (D + L * (5 * D + F)), -(-T // 8)
         expected |= {

@@ -84,3 +84,28 @@ def test_autocast_leaves_float64_as_torch_does(bits, packed, trained):
             dense = nn.functional.linear(x, torch.ones(3, 5, dtype=torch.float64))
     assert got.dtype == dense.dtype == torch.float64
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "packed"), [(32, False), (1.58, False), (1.58, True), (1, True)])
+def test_binary_neurons_by_hand(bits, packed):
+    layer = SpikingLinear(2, 1, bits=bits, neuron="lif", tau=2.0, v_threshold=1.0).eval()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.5, -0.5]]))
+        layer.bias.fill_(0.25)
+    if packed:
+        layer.pack()
+    x = torch.tensor([1.34, 4.0]).expand(4, 1, 1, 2)  # fires in every second step, and in every step
+    mask = torch.ones(1, 1)
+    assert layer.neuron(x, from_rest=True).flatten(1).tolist() == [[0, 1], [1, 1], [0, 1], [1, 1]]
+    assert layer(x, mask).flatten().tolist() == [-0.25, 0.25, -0.25, 0.25]
+
+
+@pytest.mark.parametrize("bits", [32, 1.58, 1])
+def test_binary_neurons_pass_gradients(bits):
+    layer = SpikingLinear(5, 3, bits=bits, neuron="lif").train()
+    x = torch.randn(4, 2, 6, 5).requires_grad_()
+    layer(x).square().sum().backward()
+    for grad in (x.grad, layer.weight.grad, layer.bias.grad):
+        assert grad.isfinite().all()
+        assert grad.any()
+    assert all(step.any() for step in x.grad)  # every step's input

@@ -22,6 +22,7 @@ VARIANTS = {name: {"attention": name} for name in ATTENTIONS if name != "ssa"} |
     "ternary": {"neuron": "ternary"},
     "learned": {"neuron": "plif", "learnable_surrogate": True},
 }
+SPIKELM_VARIANTS = {"lif": {"neuron": "lif", "v_threshold": 0.05}}
 CAUSAL_VARIANTS = {"driven": {"wiring": "spike_driven", "v_threshold": 0.25}, "dense": {"spiking": False}}
 
 
@@ -31,12 +32,13 @@ def load_entry(name):
 
 def build(name, **overrides):
     entry, _, variant = name.partition("+")
-    return registry.build(entry, **(VARIANTS | CAUSAL_VARIANTS).get(variant, {}) | overrides)
+    return registry.build(entry, **(VARIANTS | SPIKELM_VARIANTS | CAUSAL_VARIANTS).get(variant, {}) | overrides)
 
 
 ENTRIES = {name: load_entry(name) for name in registry.list_entries() if "_tiny" in name}
 TINY = [name for name, entry in ENTRIES.items() if entry.recipe is None and entry.convert is None]
 TINY += [f"spikebert_tiny+{variant}" for variant in VARIANTS]
+TINY += [f"spikelm_tiny+{variant}" for variant in SPIKELM_VARIANTS]
 TINY += [f"spikegpt_tiny+{variant}" for variant in CAUSAL_VARIANTS]
 TASKS = [(name, task) for name in TINY for task in model_classes()[load_entry(name).model_type] if task != "config"]
 TRAINABLE = [(name, task) for name, task in TASKS if task != "encoder"]

@@ -11,7 +11,8 @@ from transformers import (
     DistilBertModel,
 )
 
-from snlp_zoo.layers import ElasticBiSpike
+from snlp_zoo.layers import ElasticBiSpike, LIFNode
+from snlp_zoo.layers.neurons import BaseNode
 from snlp_zoo.models.configuration import make_config
 from snlp_zoo.models.configuration_spikelm import SpikeLMConfig
 from snlp_zoo.models.modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
@@ -138,6 +139,18 @@ def test_keys_and_values_are_memoryless_spikes():
     assert attention.key.neuron.beta == 0.25
 
 
+def test_binary_neurons_take_the_place_of_ternary_ones():
+    model = build("spikelm_tiny", neuron="lif", tau=3, v_threshold=0.5)
+    nodes = {name: module for name, module in model.named_modules() if isinstance(module, BaseNode)}
+    assert nodes.keys() == {
+        name for name, module in build("spikelm_tiny").named_modules() if isinstance(module, BaseNode)
+    }
+    for name, node in nodes.items():
+        assert (type(node), node.tau, node.v_reset) == (LIFNode, 3.0, 0.0)
+        assert node.v_threshold == (0.25 if name.endswith("attention.output.neuron") else 0.5)
+    assert not any(name.endswith("alpha") for name in model.state_dict())
+
+
 def test_from_teacher_copies_everything_bert_has():
     teacher = make_teacher()
     student = SpikeLMForSequenceClassification.from_teacher(teacher)
@@ -256,6 +269,9 @@ def test_from_teacher_errors():
         ({"firing_k": float("nan")}, "firing_k must be positive"),
         ({"membrane_beta": 1.5}, r"membrane_beta and alpha_momentum in \[0, 1\]"),
         ({"alpha_momentum": -0.1}, r"membrane_beta and alpha_momentum in \[0, 1\]"),
+        ({"neuron": "ternary"}, "neuron must be one of elastic, lif, got 'ternary'"),
+        ({"tau": 1}, "tau must be above 1 and v_threshold positive, got 1 and 1.0"),
+        ({"v_threshold": 0.0}, "tau must be above 1 and v_threshold positive"),
         ({"time_steps": 0}, "time_steps must be between 1 and 1024, got 0"),
         ({"vocab_size": 10**9}, "vocab_size must be between"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be between"),

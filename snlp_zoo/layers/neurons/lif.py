@@ -29,7 +29,10 @@ class _LIFBase(Surrogated):
         spikes, v = self.run(inputs[0], states[0])
         return (spikes,), (v, *states[1:])
 
-    def run(self, current: Tensor, v: Tensor | None, carry_out: bool = True) -> tuple[Tensor, Tensor | None]:
+    def run(
+        self, current: Tensor, v: Tensor | None, carry_out: bool = True, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`mask` is for neurons that measure (`ElasticBiSpike`), whose place these can take."""
         return lif(
             current,
             v,

@@ -1,9 +1,11 @@
 """Students of several recipes, each with several seeds: mean and spread of their test scores in one table.
 
     python tools/compare_recipes.py "short = spikelm_tiny_tweets" "long = spikelm_tiny_tweets train.epochs=2" --seeds 3
+    python tools/compare_recipes.py @tools/ablations.txt --seeds 3
     python tools/compare_recipes.py --report   # what is finished of those in --output-dir
 
-Each name stands for a zoo entry or recipe file and changes to it, as for `snlp-zoo train --set`; `--set` changes all.
+Each name stands for a zoo entry or recipe file and changes to it, as for `snlp-zoo train --set`; `--set` changes all,
+before these. @FILE holds one student a line; lines that are empty or begin with # are skipped.
 Every run is a process of its own, --jobs at a time, on the GPU with the fewest of them, in a folder of its own under
 --output-dir; one that is finished there is not run again. One that fails does not end the others: the table is of those
 that finished, errors stand below it, and the exit code is 1. Seeds are those of the student; runs with the same teacher
@@ -48,6 +50,22 @@ class Job(NamedTuple):
     @property
     def finished(self) -> bool:
         return (self.folder / "summary.json").is_file()
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes @FILE with one argument a line, without empty lines and those that begin with #."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return [arg_line] if arg_line.strip() and not arg_line.startswith("#") else []
+
+
+def student(text: str) -> tuple[str, str, list[str]]:
+    """Name, recipe and changes in 'NAME = RECIPE key=value ...'."""
+    name, _, rest = (part.strip() for part in text.partition("="))
+    if not re.fullmatch(r"[\w.-]+", name) or not rest:
+        raise argparse.ArgumentTypeError(f"want 'NAME = RECIPE key=value ...', got {text!r}")
+    recipe, *changes = rest.split()
+    return name, recipe, changes
 
 
 def start(job: Job, threads: int, gpu: str | None) -> subprocess.Popen:
@@ -153,8 +171,9 @@ def _last_words(log: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("students", nargs="*", metavar="'NAME = RECIPE key=value ...'")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, fromfile_prefix_chars="@")
+    parser.add_argument("students", nargs="*", type=student, metavar="'NAME = RECIPE key=value ...'")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--gpus", type=int, help="Use the first so many; all that are visible without it.")
@@ -163,11 +182,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="Run nothing; show what is finished.")
     options = parser.parse_args()
     jobs: list[Job] = []
-    for student in options.students:
-        name, _, rest = (part.strip() for part in student.partition("="))
-        if not re.fullmatch(r"[\w.-]+", name) or not rest:
-            parser.error(f"want 'NAME = RECIPE key=value ...', got {student!r}")
-        recipe, *changes = rest.split()
+    for name, recipe, changes in options.students:
         jobs += [
             Job(options.output_dir / f"{name}_{seed}", recipe, [*options.set, *changes, f"train.seed={seed}"])
             for seed in range(options.seeds)

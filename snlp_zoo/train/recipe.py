@@ -2,7 +2,7 @@
 
 A recipe is written as an entry of the zoo (whose `recipe:` names a file in zoo_configs/recipes), or as a YAML file with
 `extends: <zoo entry, recipe or file>` and what it changes. `--set a.b=value` changes single values last. `stages:` is a
-list of named changes to the recipe's own keys, trained one after another.
+list of named changes to the recipe's own keys, trained one after another; `--set stages.<stage>=null` leaves one out.
 """
 
 import re
@@ -275,6 +275,9 @@ def _set(content: dict[str, Any], override: str) -> None:
     if path.startswith("stages.") and _named(content.get("stages")):
         _, name, rest = [*path.split(".", 2), ""][:3]
         names = [stage["name"] for stage in content["stages"]]
+        if name in names and not rest and parsed is None:
+            content["stages"] = [stage for stage in content["stages"] if stage["name"] != name]
+            return None
         if name not in names or not rest:
             raise registry.unknown("stage, in --set stages.<stage>.<key>=<value>,", name, names)
         content["stages"] = [dict(stage) for stage in content["stages"]]

@@ -11,16 +11,42 @@ from importlib import import_module
 import pytest
 
 from snlp_zoo.errors import CheckpointError
+from snlp_zoo.train.recipe import load_recipe, stage_recipes
 from snlp_zoo.train.teacher import tuned_by_one
 
 from .conftest import REPOSITORY
 
 TOOL = REPOSITORY / "tools" / "compare_recipes.py"
+LABELS_ALONE = {"stages.task.objectives", "stages.task.data.transfer"}
+LOW_BIT = {"model.config.weight_bits", "stages.general.train.learning_rate", "stages.task.train.learning_rate"}
+ABLATIONS = {  # student -> what it changes
+    "as_it_is": set(),
+    "no_general": {"stages.general"},
+    "labels_alone": LABELS_ALONE,
+    "no_general_labels_alone": {"stages.general", *LABELS_ALONE},
+    "t1": {"model.config.time_steps"},
+    "t2": {"model.config.time_steps"},
+    "t8": {"model.config.time_steps"},
+    "firing_k3": {"model.config.firing_k"},
+    "firing_k4": {"model.config.firing_k"},
+    "alpha_first_batch": {"model.config.alpha_mode"},
+    "alpha_learned": {"model.config.alpha_mode"},
+    "binary": {"model.config.neuron"},
+    "binary_025": {"model.config.neuron", "model.config.v_threshold"},
+    "bits_158": LOW_BIT,
+    "bits_1": LOW_BIT,
+}
 SMALL = ["--set", "train.max_steps=2", "--set", "baseline=false"]
 
 
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(TOOL.parent)
+    return import_module("compare_recipes")
+
+
 def test_runs_side_by_side_tune_one_teacher_and_a_failure_ends_no_other(
-    make_recipe, own_cache, environment, tmp_path, python, monkeypatch
+    make_recipe, own_cache, environment, tmp_path, python, compare
 ):
     recipe = make_recipe()
     students = [f"good = {recipe}", f"twin = {recipe} train.learning_rate=1e-3", f"bad = {recipe} model.config.tau=0"]
@@ -39,11 +65,53 @@ def test_runs_side_by_side_tune_one_teacher_and_a_failure_ends_no_other(
     assert len({summary["teacher_accuracy"] for summary in summaries}) == 1
     assert all(0 < summary["teacher_seconds"] < summary["seconds"] for summary in summaries)
     (tmp_path / "runs" / "twin_0" / "summary.json").unlink()
-    monkeypatch.syspath_prepend(TOOL.parent)
-    left = import_module("compare_recipes").report(tmp_path / "runs", ["good", "twin"])
+    left = compare.report(tmp_path / "runs", ["good", "twin"])
     lines = {line.split()[1]: line for line in left.splitlines() if line.startswith("| ")}
     assert lines["good"].endswith("| 1 of 1 |")
     assert lines["twin"].endswith("| 0 of 1 |")
+
+
+def test_students_of_a_file(tmp_path, compare):
+    (tmp_path / "students.txt").write_text('# a = b\n\none = x k={"a":1}\n  \ntwo = y a.b=2  c=3\n')
+    parser = compare.Parser(fromfile_prefix_chars="@")
+    parser.add_argument("students", nargs="*", type=compare.student)
+    got = parser.parse_args([f"@{tmp_path / 'students.txt'}", "three = z"]).students
+    assert got == [("one", "x", ['k={"a":1}']), ("two", "y", ["a.b=2", "c=3"]), ("three", "z", [])]
+
+
+def test_ablations_change_what_they_say(compare):
+    """Also with texts of one's own, which all of them are given first."""
+    parser = compare.Parser(fromfile_prefix_chars="@")
+    parser.add_argument("students", nargs="*", type=compare.student)
+    students = parser.parse_args([f"@{TOOL.parent / 'ablations.txt'}"]).students
+    assert [name for name, *_ in students] == list(ABLATIONS)
+    texts = ["stages.general.data.source=[texts.txt.xz]", "stages.task.data.transfer.source=[reviews.txt.xz]"]
+    found = {name: load_recipe(recipe, texts + changes) for name, recipe, changes in students}
+    base = leaves(found["as_it_is"])
+    for name, recipe in found.items():
+        own = leaves(recipe)
+        changed = {key for key in base.keys() | own.keys() if base.get(key) != own.get(key)}
+        # a key that went, or was replaced as a whole, stands for all below it
+        want = ABLATIONS[name]
+        assert {next((top for top in want if f"{key}.".startswith(f"{top}.")), key) for key in changed} == want, name
+        assert [part.model.model_type for _, part in stage_recipes(recipe, TOOL)] == ["spikelm"] * len(recipe.stages)
+    assert len({tuple(sorted(leaves(recipe).items())) for recipe in found.values()}) == len(found)
+    low_bit = {stage["name"]: stage["train"]["learning_rate"] for stage in load_recipe("spikelm_mini_158_sst2").stages}
+    assert low_bit == {stage["name"]: stage["train"]["learning_rate"] for stage in found["bits_1"].stages}
+    assert found["labels_alone"].stages[1]["data"]["transfer"] is None
+    assert list(found["no_general_labels_alone"].stages[0]["objectives"]) == ["cross_entropy"]
+
+
+def leaves(recipe):
+    """Dotted key -> value as text, stages by their names."""
+
+    def walk(key, value):
+        if not isinstance(value, dict):
+            return {key: str(value)}
+        return {k: v for name, part in value.items() for k, v in walk(f"{key}.{name}".lstrip("."), part).items()}
+
+    content = recipe.model_dump()
+    return walk("", content | {"stages": {stage["name"]: stage for stage in content["stages"]}})
 
 
 @pytest.mark.slow

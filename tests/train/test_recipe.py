@@ -152,6 +152,15 @@ def test_set_values_of_a_stage(make_recipe):
     assert "'epochs'" in message(path, ["stages.a.train.epoch=3"])
 
 
+def test_a_stage_is_left_out(make_recipe):
+    path = str(make_recipe(stages=STAGES))
+    recipe = load_recipe(path, ["stages.a.train.epochs=1", "stages.a=null", "stages.b.train.epochs=9"])
+    assert recipe.stages == [STAGES[1] | {"train": {"epochs": 9}}]
+    ((_, part),) = stage_recipes(recipe, Path())
+    assert part.model.init_from == "teacher"
+    assert "'a'" in message(path, ["stages.a=null", "stages.a.train.epochs=1"])
+
+
 def test_stages_survive_the_round_trip(write, make_recipe):
     recipe = load_recipe(
         str(make_recipe(stages=[STAGES[0] | {"data": {"label": None}, "objectives": {"hidden_mse": 1}}]))

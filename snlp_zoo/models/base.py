@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,6 @@ class SpikingPreTrainedModel(PreTrainedModel):
     config: SpikingConfig
     supports_gradient_checkpointing = True
     spike_driven = ("*layers.*",)  # modules whose every product has spikes on one side: a claim `energy` verifies
-    # where gradients of spikes come from; straight through (bi-spike) and at equilibrium there is no surrogate
-    gradient: ClassVar[Literal["surrogate", "straight_through", "equilibrium"]] = "surrogate"
 
     @property
     def small_table(self) -> Table | None:

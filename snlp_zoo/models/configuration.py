@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -113,6 +113,11 @@ class SpikingConfig(PreTrainedConfig):
             raise ValueError(f"{self.model_type}: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         if "/" in str(others.get("attn_implementation")):  # the name of a kernel to download
             raise ValueError(f"{self.model_type}: attn_implementation must name none from elsewhere, got a path")
+
+    @property
+    def gradient(self) -> Literal["surrogate", "straight_through", "equilibrium"]:
+        """Where gradients of spikes come from; straight through (bi-spike) and at equilibrium there is no surrogate."""
+        return "surrogate"
 
     @property
     def label_names(self) -> list[str]:

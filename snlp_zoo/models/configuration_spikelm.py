@@ -1,6 +1,6 @@
 """Configuration of SpikeLM."""
 
-from typing import get_args
+from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 
@@ -54,3 +54,7 @@ class SpikeLMConfig(SpikingEncoderConfig):
                 f"spikelm: tau must be above 1 and v_threshold positive, got {self.tau} and {self.v_threshold}"
             )
         super().__post_init__(**kwargs)
+
+    @property
+    def gradient(self) -> Literal["surrogate", "straight_through"]:
+        return "surrogate" if self.neuron == "lif" else "straight_through"

@@ -1,6 +1,6 @@
 """Configuration of SpikingBERT."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -51,3 +51,7 @@ class SpikingBertConfig(SpikingEncoderConfig):
                 f"got {self.max_iter} and {self.tolerance}"
             )
         super().__post_init__(**kwargs)
+
+    @property
+    def gradient(self) -> Literal["equilibrium"]:
+        return "equilibrium"

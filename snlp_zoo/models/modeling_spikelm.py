@@ -139,7 +139,6 @@ class SpikeLMBlock(GradientCheckpointingLayer):
 class SpikeLMPreTrainedModel(SpikingEncoderPreTrainedModel):
     config: SpikeLMConfig
     base_model_prefix = "spikelm"
-    gradient = "straight_through"
     _no_split_modules = ["SpikeLMBlock"]  # noqa: RUF012  (an instance variable in transformers)
 
 

@@ -137,7 +137,6 @@ class SpikingBertBlock(GradientCheckpointingLayer):
 class SpikingBertPreTrainedModel(SpikingEncoderPreTrainedModel):
     config: SpikingBertConfig
     base_model_prefix = "spikingbert"
-    gradient = "equilibrium"
     _no_split_modules = ["SpikingBertBlock"]  # noqa: RUF012  (an instance variable in transformers)
 
     @torch.no_grad()

@@ -297,7 +297,7 @@ class Trainer:
         else:
             scores = evaluate(self.accelerator, student, self.eval_loader, "validate")
         domain = {}
-        if self.sample and student.gradient != "equilibrium":
+        if self.sample and student.config.gradient != "equilibrium":
             domain = effective_domain(student, self.sample)
         more = {"effective_domain": domain} if domain else {}
         self._write({"step": progress.step, "split": "validation", **scores, **more, **self._window()})

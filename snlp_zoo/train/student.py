@@ -100,8 +100,7 @@ def student_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, label_nam
             f"objectives: model_type {recipe.model.model_type!r} does not give the attention scores that "
             "attention_score_mse compares; use attention_mse"
         )
-    encoder = _classes(recipe)["encoder"]
-    if recipe.train.surrogate_temperature != 1 and encoder.gradient != "surrogate":
+    if recipe.train.surrogate_temperature != 1 and config.gradient != "surrogate":
         raise RecipeError(
             f"train.surrogate_temperature: the neurons of model_type {recipe.model.model_type!r} have no surrogate "
             "whose width could change; leave it out"

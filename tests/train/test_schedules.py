@@ -114,6 +114,11 @@ def test_every_step_has_its_own_weights_and_temperature(run, metrics, temperatur
     assert [min(seen) for seen in temperatures] == pytest.approx([4.0 - 3.5 * number / 11 for number in range(12)])
 
 
+def test_binary_neurons_of_spikelm_have_a_temperature(run, temperatures):
+    run(model={"config": {"neuron": "lif"}}, train={"surrogate_temperature": 2.0, "max_steps": 1})
+    assert temperatures == [{2.0}]
+
+
 def test_the_run_is_another_one_than_without_schedules(run, losses):
     ours, _ = run(train={"max_steps": 3}, objectives=OBJECTIVES)
     plain, _ = run(train={"max_steps": 3}, objectives=OBJECTIVES | {"hidden_mse": 2.0})

@@ -17,9 +17,9 @@ from snlp_zoo.ops.spike_linear import spike_linear
 class SpikingLinear(BitLinear):
     """y[t] = W s[t] + b with s = neuron(x): the neuron sits in front of the weights, so the product adds weights up.
 
-    Parameters are those of `torch.nn.Linear`, so dense weights load by name. The backward keeps two bits per spike.
-    Low-bit weights are summed by the signs of spikes, exactly, wherever no gradient is wanted and outputs are float32:
-    packed and unpacked layers then give the same numbers.
+    Parameters are those of `torch.nn.Linear`, so dense weights load by name. Behind elastic neurons the backward keeps
+    two bits per spike, and low-bit weights are summed by the signs of spikes, exactly, wherever no gradient is wanted
+    and outputs are float32: packed and unpacked layers then give the same numbers.
 
     Args:
         in_features, out_features, bias, bits, packed: as in `BitLinear`.

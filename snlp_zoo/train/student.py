@@ -15,6 +15,7 @@ from snlp_zoo.data.tokenizers import train_tokenizer
 from snlp_zoo.distill.distiller import gives_attention_scores
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import RecipeError
+from snlp_zoo.layers.quant import BitLinear
 from snlp_zoo.models.checkpoint import read_json
 from snlp_zoo.models.transfer import by_short_name, copy_weights, short_name
 from snlp_zoo.train.converted import converted_config, make_converted
@@ -164,7 +165,8 @@ def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
     """Copy a saved student's weights into another, in place, by name and shape; what keeps its start is logged.
 
     Names count without the prefix of the family, so that encoders and classifiers start from each other. The buffers
-    of a module (a neuron's amplitudes and whether they were measured) only make sense together.
+    of a module (a neuron's amplitudes and whether they were measured) only make sense together. A student of float
+    weights starts from what low-bit ones act as.
 
     Returns:
         Names that were not copied.
@@ -174,6 +176,9 @@ def copy_student(student: PreTrainedModel, path_or_entry: str) -> list[str]:
     """
     source = registry.load(find_start(path_or_entry))
     ours, theirs = by_short_name(student), by_short_name(source)
+    if student.config.weight_bits == 32:
+        bits = {name: module for name, module in source.named_modules() if isinstance(module, BitLinear)}
+        theirs |= {short_name(source, f"{name}.weight"): module.quantised_weight() for name, module in bits.items()}
     parameters = {short_name(student, name) for name, _ in student.named_parameters()}
     buffers = ours.keys() - parameters
     torn = {n.rpartition(".")[0] for n in buffers if n not in theirs or theirs[n].shape != ours[n].shape}

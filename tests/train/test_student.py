@@ -74,6 +74,19 @@ def test_low_bit_weights_start_from_float_ones(saved, bits):
     assert torch.equal(student.state_dict()[name], snlp_zoo.load(saved).state_dict()[name])
 
 
+@pytest.mark.parametrize("bits", [1.58, 1])
+def test_float_weights_start_from_what_low_bit_ones_act_as(tmp_path, bits):
+    torch.manual_seed(5)
+    ids = torch.randint(1, 83, (4, 9))
+    low, student = build(weight_bits=bits).train(), build()
+    low(ids)
+    low.save_pretrained(tmp_path / "saved")
+    assert copy_student(student, str(tmp_path / "saved")) == []
+    assert torch.equal(student.eval()(ids).logits, low.eval()(ids).logits)
+    weight = next(p for name, p in student.named_parameters() if "query" in name and p.ndim == 2)
+    assert len(weight.unique()) == (3 if bits == 1.58 else 2)
+
+
 def test_packed_weights_are_no_start(tmp_path):
     build(weight_bits=1.58, packed=True).save_pretrained(tmp_path / "saved")
     with pytest.raises(RecipeError, match="saved is packed for inference; name the student it was made from"):

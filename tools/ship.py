@@ -105,12 +105,20 @@ def tweets() -> list[tuple[str, int]]:
 
 @torch.no_grad()
 def logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """Class logits of every text by itself, [texts, classes]; of a language model those after its first few tokens."""
+    """Class logits of every text, [texts, classes]; of a language model those after its first few tokens. Texts of a
+    length go together, so that nothing is padded.
+    """
     language = registry.task_of(model) == "causal-lm"
     limit = PREFIX if language else longest(tokenizer, model.config)
-    options = {"truncation": True, "max_length": limit, "return_tensors": "pt", "add_special_tokens": not language}
-    found = [model(**model_inputs(tokenizer(text, **options), model)).logits[0] for text in texts]
-    return torch.stack([rows[-1] if language else rows for rows in found])
+    batch = tokenizer(texts, truncation=True, max_length=limit, add_special_tokens=not language)
+    lengths = [len(ids) for ids in batch["input_ids"]]
+    found = {}
+    for length in set(lengths):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        some = {name: torch.tensor([values[row] for row in rows]) for name, values in batch.items()}
+        out = model(**model_inputs(some, model)).logits
+        found |= zip(rows, out[:, -1] if language else out, strict=True)
+    return torch.stack([found[row] for row in range(len(texts))])
 
 
 def sample(folder: Path) -> dict[str, Any]:

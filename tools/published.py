@@ -163,7 +163,7 @@ def status(claim: Published, ours: list[tuple[str, str, int, float, Result]]) ->
     name, steps, bits, best = max(alike, key=lambda one: sign * one[3].value)
     reached = sign * best.value >= sign * claim.value
     spread = best.spread(partial(shown, claim.metric))
-    by = f"{spread}, {best.number_of_seeds}, {name}, T = {steps}, {bits:g} bits"
+    by = f"{spread}, {best.number_of_seeds}, {name}, T = {steps}, {bits:g} bit{'s' * (bits != 1)}"
     return ("reproduced" if reached else "not reproduced"), by
 
 

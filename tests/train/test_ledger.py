@@ -100,6 +100,10 @@ def test_the_command_names_what_differs_from_the_entry(ledger):
         *("--set", 'stages.general.data.source=["my texts.txt"]'),
         *("--set", 'stages.task.data.transfer.source=["reviews.txt"]'),
     ]
+    novels = ledger.command_of(load("spikegpt_mini", ["data.source=[/somewhere/novels.txt]"]))
+    assert shlex.split(novels) == ["snlp-zoo", "train", "spikegpt_mini", "--set", 'data.source=["novels.txt"]']
+    classifier = load("spikegpt_mini_sst2", ["data.source=/somewhere/SST-2"])  # its first stage is a language model
+    assert ledger.command_of(classifier) == "snlp-zoo train spikegpt_mini_sst2"
 
 
 def test_a_seed_counts_once(ledger, trained):

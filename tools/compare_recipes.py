@@ -187,7 +187,9 @@ def main() -> None:
             Job(options.output_dir / f"{name}_{seed}", recipe, [*options.set, *changes, f"train.seed={seed}"])
             for seed in range(options.seeds)
         ]
-    names = list(dict.fromkeys(_student(job.log) for job in jobs))
+    names = [name for name, *_ in options.students]
+    if twice := {name for name in names if names.count(name) > 1}:
+        parser.error(f"runs of one name share a folder; name {', '.join(sorted(twice))} only once")
     if not options.report:
         if not jobs:
             parser.error("name at least one student, or --report")

@@ -79,6 +79,16 @@ def test_students_of_a_file(tmp_path, compare):
     assert got == [("one", "x", ['k={"a":1}']), ("two", "y", ["a.b=2", "c=3"]), ("three", "z", [])]
 
 
+@pytest.mark.parametrize(
+    ("students", "said"), [(["a = x", "a = y"], "name a only once"), (["a b"], "want 'NAME = RECIPE key=value ...'")]
+)
+def test_students_that_are_refused(compare, monkeypatch, capsys, students, said):
+    monkeypatch.setattr(sys, "argv", ["compare_recipes.py", *students])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert said in capsys.readouterr().err
+
+
 def test_ablations_change_what_they_say(compare):
     """Also with texts of one's own, which all of them are given first."""
     parser = compare.Parser(fromfile_prefix_chars="@")

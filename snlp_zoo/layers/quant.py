@@ -237,7 +237,8 @@ def pack(model: AnyModule, int8_embeddings: bool = False) -> AnyModule:
         raise ValueError(
             f"pack: {type(model).__name__} is converted and keeps its embeddings; leave int8_embeddings out"
         )
-    table: Table | None = getattr(model, "small_table", Int8Embedding)
+    shared = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    table: Table | None = getattr(model, "small_table", None if shared else Int8Embedding)
     if int8_embeddings and table is None:
         raise ValueError(
             f"pack: the head of {type(model).__name__} shares the embedding table, or its neurons need it whole; "

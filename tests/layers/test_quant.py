@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertModel
 
 import snlp_zoo
 from snlp_zoo.errors import CheckpointError
@@ -234,6 +234,11 @@ def test_packing_errors():
         pack(model)
     with pytest.raises(ValueError, match="head of SpikeLMForMaskedLM shares the embedding table"):
         pack(make(task="masked-lm"), int8_embeddings=True)
+    size = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    dense = BertForMaskedLM(BertConfig(**size))
+    dense.added = BitLinear(4, 4, bits=1)
+    with pytest.raises(ValueError, match="head of BertForMaskedLM shares the embedding table"):
+        pack(dense, int8_embeddings=True)
 
 
 def test_construction_errors():

@@ -278,7 +278,9 @@ def _set(content: dict[str, Any], override: str) -> None:
         if name in names and not rest and parsed is None:
             content["stages"] = [stage for stage in content["stages"] if stage["name"] != name]
             return None
-        if name not in names or not rest:
+        if name in names and not rest:
+            raise RecipeError(f"--set {path}: a stage has keys, as in --set {path}.train.epochs=1; null leaves it out")
+        if name not in names:
             raise registry.unknown("stage, in --set stages.<stage>.<key>=<value>,", name, names)
         content["stages"] = [dict(stage) for stage in content["stages"]]
         return _set(content["stages"][names.index(name)], f"{rest}={value}")

@@ -148,7 +148,7 @@ def test_set_values_of_a_stage(make_recipe):
     settings = [part.train for _, part in stage_recipes(recipe, Path())]
     assert [(part.epochs, part.seed) for part in settings] == [(1, 4), (9, 4)]
     assert "'d'" in message(path, ["stages.d.train.epochs=9"])
-    assert "stages" in message(path, ["stages.a=3"])
+    assert "--set stages.a.train.epochs=1; null leaves it out" in message(path, ["stages.a=3"])
     assert "'epochs'" in message(path, ["stages.a.train.epoch=3"])
 
 

@@ -19,7 +19,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 100,
     temperature: Annotated[
-        float | None, typer.Option(help="Divides logits before a token is drawn; 0 takes the likeliest.")
+        float | None,
+        typer.Option(
+            help="Divides logits before a token is drawn; 0 takes the likeliest. Left out it is 1, with beams 0."
+        ),
     ] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share of probability.")] = 1.0,
     num_beams: Annotated[

@@ -215,7 +215,7 @@ def _spiking_facts(model: PreTrainedModel) -> dict[str, str]:
     conversion = getattr(model.config, "quantization_config", None)
     if conversion is None:
         steps, bits = model.config.time_steps, model.config.weight_bits
-        return {"time steps T": str(steps), "bits of the encoder's linear weights": str(bits)}
+        return {"time steps T": str(steps), "bits of the layers' linear weights": str(bits)}
     layers = spike_layers(model)
     return {
         "linear layers with spikes as inputs": f"{len(layers)}, {len(linear_layers(model))} are dense",

@@ -275,13 +275,13 @@ def _set(content: dict[str, Any], override: str) -> None:
     if path.startswith("stages.") and _named(content.get("stages")):
         _, name, rest = [*path.split(".", 2), ""][:3]
         names = [stage["name"] for stage in content["stages"]]
-        if name in names and not rest and parsed is None:
-            content["stages"] = [stage for stage in content["stages"] if stage["name"] != name]
-            return None
-        if name in names and not rest:
-            raise RecipeError(f"--set {path}: a stage has keys, as in --set {path}.train.epochs=1; null leaves it out")
         if name not in names:
             raise registry.unknown("stage, in --set stages.<stage>.<key>=<value>,", name, names)
+        if not rest and parsed is not None:
+            raise RecipeError(f"--set {path}: a stage has keys, as in --set {path}.train.epochs=1; null leaves it out")
+        if not rest:
+            content["stages"] = [stage for stage in content["stages"] if stage["name"] != name]
+            return None
         content["stages"] = [dict(stage) for stage in content["stages"]]
         return _set(content["stages"][names.index(name)], f"{rest}={value}")
     stages = content.get("stages") or []

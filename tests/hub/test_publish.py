@@ -227,7 +227,7 @@ def test_only_known_files_are_fetched_and_none_lands_outside(hub, client, client
     with pytest.raises(client_error) as caught:
         client.run(found)
     assert caught.value.kind == "HubError"
-    assert not list(client.cache.parent.rglob("evil*"))
+    assert not list(client.cache.parent.rglob("evil.safetensors*"))
 
 
 def test_what_cannot_be_loaded_or_named_is_not_published(saved, tmp_path):

@@ -173,6 +173,11 @@ class TrainPart(Checked):
             )
         return self
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # what YAML makes of it without quotes
+
     @field_validator("window")
     @classmethod
     def _one_after_another(cls, windows: list[WindowPart]) -> list[WindowPart]:

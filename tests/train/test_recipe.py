@@ -231,6 +231,11 @@ def test_set_an_option_of_an_objective_given_as_a_number(make_recipe):
     assert recipe.objectives["cross_entropy"].model_extra == {"label_smoothing": 0.1}
 
 
+def test_set_no_precision_without_quotes(make_recipe):
+    assert load_recipe(str(make_recipe()), ["train.mixed_precision=no"]).train.mixed_precision == "no"
+    assert "'yes'" in message(str(make_recipe()), ["train.mixed_precision='yes'"])
+
+
 def test_set_a_new_objective(make_recipe):
     recipe = load_recipe(str(make_recipe()), ["objectives.attention_mse=2"])
     assert recipe.objectives["attention_mse"].weight == 2

@@ -52,6 +52,22 @@ def test_what_is_kept(tool, tmp_path, capsys):
     assert "a.jsonl: 2 sentences" in capsys.readouterr().out
 
 
+def test_pairs_are_neighbours_of_a_text(run, tmp_path):
+    rows = [{"text": "One two three. Four five six. Short. Seven eight nine. Ten eleven twelve. Alone it stays."}]
+    rows += [{"text": 'He said "go now. She went away. '}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("pairs.tsv.xz", "a.jsonl", "--pairs")
+    train, validation = load_unlabelled("pairs.tsv.xz", text="sentence1", text_pair="sentence2")
+    found = [*zip(train.texts, train.pairs), *zip(validation.texts, validation.pairs)]  # noqa: B905
+    assert sorted(found) == [
+        ('He said "go now.', "She went away."),
+        ("One two three.", "Four five six."),
+        ("Seven eight nine.", "Ten eleven twelve."),
+    ]
+    with pytest.raises(SystemExit, match=r"pairs are written as \.tsv or \.tsv\.xz"):
+        run("pairs.txt", "a.jsonl", "--pairs")
+
+
 @pytest.fixture
 def run(tool, tmp_path, monkeypatch):
     """Function: the script with these arguments, in a folder of its own."""

@@ -4,7 +4,8 @@
 
 Files are those that `snlp_zoo.data.files` reads (of a .txt file each line is a text), their columns text, sentence,
 sentence1, sentence2 and document. SOURCE:N takes a seeded sample of N sentences, in their order. Repeats, of the same
-words whatever stands between, are dropped, and sentences of fewer than 3 words or more than 60.
+words whatever stands between, are dropped, and sentences of fewer than 3 words or more than 60. --pairs writes every two
+sentences that follow each other in a text as columns sentence1 and sentence2 of a table, N counting pairs.
 """
 
 import argparse
@@ -45,36 +46,44 @@ def texts(path: str) -> Iterator[str]:
         yield from (str(row[column]) for row in table.rows if row.get(column) is not None)
 
 
-def collect(sources: list[str], seed: int) -> list[str]:
-    """The sentences of all sources, each a file and, after a colon, how many of it."""
+def collect(sources: list[str], seed: int, pairs: bool = False) -> list[str]:
+    """The sentences of all sources, each a file and, after a colon, how many of it; or pairs with a tab between them."""
     kept: list[str] = []
     seen: set[tuple[str, ...]] = set()
     for source in sources:
         path, colon, count = source.rpartition(":")
         path, size = (path, int(count)) if colon and count.isdigit() else (source, None)
         fresh: list[str] = []
-        for sentence in (sentence for text in texts(path) for sentence in sentences(text)):
-            own = words(sentence)
-            if FEWEST <= len(own) <= MOST and own not in seen:
-                seen.add(own)
-                fresh.append(sentence)
+        for text in texts(path):
+            kept_of_text = []
+            for sentence in sentences(text):
+                own = words(sentence)
+                if FEWEST <= len(own) <= MOST and own not in seen:
+                    seen.add(own)
+                    kept_of_text.append(sentence)
+            neighbours = zip(kept_of_text[::2], kept_of_text[1::2], strict=False)
+            fresh += map("\t".join, neighbours) if pairs else kept_of_text
         if size is not None and size < len(fresh):
             fresh = [fresh[row] for row in sorted(random.Random(seed).sample(range(len(fresh)), size))]  # noqa: S311
-        print(f"{path}: {len(fresh)} sentences")
+        print(f"{path}: {len(fresh)} {'pairs' if pairs else 'sentences'}")
         kept += fresh
     return kept
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="a .txt or .txt.xz file")
+    parser.add_argument("out", type=Path, help="a .txt or .txt.xz file, of pairs .tsv or .tsv.xz")
     parser.add_argument("sources", nargs="+", metavar="SOURCE[:N]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairs", action="store_true", help="neighbours in a text, for tasks of text pairs")
     arguments = parser.parse_args()
-    if not arguments.out.name.endswith((".txt", ".txt.xz")):
-        raise SystemExit(f"{arguments.out}: sentences are written as .txt or .txt.xz; name such a file")
+    kind, ending = ("pairs", ".tsv") if arguments.pairs else ("sentences", ".txt")
+    if not arguments.out.name.endswith((ending, f"{ending}.xz")):
+        raise SystemExit(f"{arguments.out}: {kind} are written as {ending} or {ending}.xz; name such a file")
+    head = ["sentence1\tsentence2"] if arguments.pairs else []
     try:
-        content = "".join(f"{line}\n" for line in collect(arguments.sources, arguments.seed)).encode()
+        lines = head + collect(arguments.sources, arguments.seed, arguments.pairs)
+        content = "".join(f"{line}\n" for line in lines).encode()
     except DataError as error:
         raise SystemExit(str(error)) from None
     arguments.out.write_bytes(lzma.compress(content) if arguments.out.suffix == ".xz" else content)

@@ -4,8 +4,8 @@
 
 Files are those that `snlp_zoo.data.files` reads (of a .txt file each line is a text), their columns text, sentence,
 sentence1, sentence2 and document. SOURCE:N takes a seeded sample of N sentences, in their order. Repeats, of the same
-words whatever stands between, are dropped, and sentences of fewer than 3 words or more than 60. --pairs writes every two
-sentences that follow each other in a text as columns sentence1 and sentence2 of a table, N counting pairs.
+words whatever stands between, are dropped, and sentences of fewer than 3 words or more than 60. --pairs writes a table
+of two sentences each that follow each other in a text, sentence1 and sentence2; N then counts pairs.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def texts(path: str) -> Iterator[str]:
 
 
 def collect(sources: list[str], seed: int, pairs: bool = False) -> list[str]:
-    """The sentences of all sources, each a file and, after a colon, how many of it; or pairs with a tab between them."""
+    """The sentences of all sources, each a file and, after a colon, how many of it; or pairs, tab between."""
     kept: list[str] = []
     seen: set[tuple[str, ...]] = set()
     for source in sources:

@@ -220,6 +220,8 @@ def test_what_is_packed_already_ships_as_it_is(ternary, ship, tmp_path):
         assert kept["sha256"] == pretrained.metrics(entry)["sha256"]
         assert kept["before_packing"] == ({"accuracy": 0.3} if summary.get("test_examples") == 40 else {})
         assert ("accuracy 0.3000" in kept["notes"][3]) == bool(kept["before_packing"])
+        elsewhere = ["Where it was trained it was tested on other texts, with: accuracy 0.3000."]
+        assert kept["notes"][4:] == (elsewhere if summary.get("test_examples") == 39 else [])
 
 
 def test_a_shipped_model_is_found_by_every_command(ternary):

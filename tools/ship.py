@@ -161,8 +161,9 @@ def _joined(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-def notes(target: Path, teacher: str, trained_on: list[str], before: dict[str, float]) -> list[str]:
+def notes(target: Path, run: Path, trained_on: list[str], before: dict[str, float]) -> list[str]:
     """The card's section on data, licences and use, and on what the shipped files do and lose."""
+    teacher, summary = teacher_of(run), _summary(run)
     texts = "; ".join(TEXTS[name] for name in trained_on)
     learned = [f"The weights were trained on these texts, none of which is part of this package: {texts}."]
     if teacher:
@@ -177,10 +178,22 @@ def notes(target: Path, teacher: str, trained_on: list[str], before: dict[str, f
         labels = ", ".join(model.config.id2label[number] for number in range(model.config.num_labels))
         limit = longest(registry.load_tokenizer(target), model.config)
         facts.append(f"It gives a text one of these labels: {labels}. Of a longer text it reads {limit} tokens.")
-    scores = ", ".join(f"{metric.replace('_', ' ')} {value:.4f}" for metric, value in before.items())
     if before:
-        facts.append(f"Before its weights were made smaller for the package, the same model had: {scores}.")
-    return ["## Data, licences, use", " ".join(learned), use, *([" ".join(facts)] if facts else [])]
+        facts.append(f"Before its weights were made smaller for the package, the same model had: {_listed(before)}.")
+    found = ["## Data, licences, use", " ".join(learned), use, *([" ".join(facts)] if facts else [])]
+    own = {key.removeprefix("student_"): value for key, value in summary.items() if key.startswith("student_")}
+    own.pop("negative_loss", None)
+    if own and not before:
+        found.append(f"Where it was trained it was tested on other texts, with: {_listed(own)}.")
+    return found
+
+
+def _listed(scores: dict[str, float]) -> str:
+    return ", ".join(f"{metric.replace('_', ' ')} {value:.4f}" for metric, value in scores.items())
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    return read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
 
 
 def teacher_of(run: Path) -> str:
@@ -191,7 +204,7 @@ def teacher_of(run: Path) -> str:
 
 def run_scores(run: Path, who: str, scores: dict[str, Any]) -> dict[str, float]:
     """What the run measured of its "student" or "teacher", {} if it was tested on another number of examples."""
-    summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
+    summary = _summary(run)
     same = scores["examples"] in (summary.get("test_examples"), summary.get("test_tokens"))
     return {metric: summary[key] for metric in scores["student"] if same and (key := f"{who}_{metric}") in summary}
 
@@ -218,7 +231,6 @@ def ship(options: argparse.Namespace) -> Path:
     after = score(target, options.data, columns)
     packed = read_json(folder / "config.json").get("packed")  # already, where it was trained
     before = run_scores(run, "student", after) if packed else score(folder, options.data, columns)["student"]
-    teacher = teacher_of(run)
     weights = target / "model.safetensors"
     kept = {
         "name": options.entry,
@@ -228,14 +240,14 @@ def ship(options: argparse.Namespace) -> Path:
         "columns": columns,
         **after,
         "before_packing": before,
-        "teacher_name": teacher,
+        "teacher_name": teacher_of(run),
         "teacher": run_scores(run, "teacher", after),
         "sample": {},
         "sha256": digest(weights, like="0" * 64),
         "bytes": weights.stat().st_size,
         "commit": options.commit,
         "torch": torch.__version__,
-        "notes": notes(target, teacher, options.trained_on, before),
+        "notes": notes(target, run, options.trained_on, before),
     }
     if (run / "energy.md").is_file():
         (target / "energy.md").write_text((run / "energy.md").read_text(encoding="utf-8"), encoding="utf-8")

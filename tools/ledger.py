@@ -264,16 +264,11 @@ def what(result: dict[str, Any]) -> tuple[str, str]:
 
 
 def block_of(result: dict[str, Any], margin: str) -> str:
-    """One result as YAML, lists and mappings in a line each."""
+    """One result as YAML, a mapping in as few lines as it takes: entries stay a page long."""
     dumped = yaml.dump(
-        [result],
-        Dumper=registry._YamlDumper,
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=None,
-        width=10_000,
+        result, Dumper=registry._YamlDumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=116
     )
-    return indent(dumped, margin)
+    return f"{margin}- {indent(dumped, f'{margin}  ').lstrip()}"
 
 
 def write(records: list[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@
 Files are those that `snlp_zoo.data.files` reads (of a .txt file each line is a text), their columns text, sentence,
 sentence1, sentence2 and document. SOURCE:N takes a seeded sample of N sentences, in their order. Repeats, of the same
 words whatever stands between, are dropped, and sentences of fewer than 3 words or more than 60. --pairs writes a table
-of two sentences each that follow each other in a text, sentence1 and sentence2; N then counts pairs.
+of those that are kept of a text, two by two, sentence1 and sentence2; N then counts pairs.
 """
 
 import argparse

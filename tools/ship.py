@@ -6,9 +6,9 @@ tokenizer, card, and metrics.json with the scores of exactly these files.
 Weights of 1.58 and 1 bit are packed, which only rounds otherwise, and embeddings beside them kept small where `pack`
 can, which in int8 may cost a sentence or two; all others go in float16, which loads as float32. The run and what was
 written are both scored by what `snlp-zoo evaluate` calls, on a CPU unless told --gpu; a model that was packed where it
-was trained has its summary's scores as those before. A sample of public tweets gets
-predictions that any machine must repeat, see `sample`; `--resample`, with FOLDER/ENTRY ENTRY, makes it later.
-`--archive FILE.tar.gz` also packs the folder.
+was trained has its summary's scores as those before. A sample of public tweets gets predictions that any machine must
+repeat, see `sample`; `--resample`, with FOLDER/ENTRY ENTRY, makes it later. `--archive FILE.tar.gz` also packs
+the folder.
 """
 
 import argparse

@@ -99,6 +99,12 @@ class SpikingConfig(PreTrainedConfig):
                 f"{self.model_type}: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
             )
 
+    def _require_lif(self, tau: float, v_threshold: float) -> None:
+        if not (tau > 1 and v_threshold > 0):
+            raise ValueError(
+                f"{self.model_type}: tau must be above 1 and v_threshold positive, got {tau} and {v_threshold}"
+            )
+
     def _refuse_unknown(self, others: dict[str, Any]) -> None:
         """Keys that are no fields, and values that would make transformers fetch code, run it, or fill the memory."""
         check_names(type(self), others)

@@ -49,10 +49,7 @@ class SpikeBertConfig(SpikingEncoderConfig):
         self._require("surrogate", SURROGATES)
         self._require("attention", tuple(ATTENTIONS))
         self._require("fidelity", FIDELITIES)
-        if not (self.tau > 1 and self.v_threshold > 0):
-            raise ValueError(
-                f"spikebert: tau must be above 1 and v_threshold positive, got {self.tau} and {self.v_threshold}"
-            )
+        self._require_lif(self.tau, self.v_threshold)
         if (rate := self.attention_probs_dropout_prob) != 0:
             raise ValueError(f"spikebert has no attention dropout: attention_probs_dropout_prob must be 0, got {rate}")
         if self.use_position_embeddings is None:

@@ -46,10 +46,7 @@ class SpikeGPTConfig(SpikingDecoderConfig):
     def __post_init__(self, **kwargs):
         self._require("surrogate", SURROGATES)
         self._require("wiring", WIRINGS)
-        if not (self.tau > 1 and self.v_threshold > 0):
-            raise ValueError(
-                f"spikegpt: tau must be above 1 and v_threshold positive, got {self.tau} and {self.v_threshold}"
-            )
+        self._require_lif(self.tau, self.v_threshold)
         if self.int8_embeddings and not self.signs_suffice:
             raise ValueError(
                 "spikegpt: embeddings that are tied to the head, or do not become spikes by their signs, are kept "

@@ -49,10 +49,7 @@ class SpikeLMConfig(SpikingEncoderConfig):
                 f"got {self.firing_k}, {self.membrane_beta}, {self.alpha_momentum}"
             )
         self._require("neuron", NEURONS)
-        if not (self.tau > 1 and self.v_threshold > 0):
-            raise ValueError(
-                f"spikelm: tau must be above 1 and v_threshold positive, got {self.tau} and {self.v_threshold}"
-            )
+        self._require_lif(self.tau, self.v_threshold)
         super().__post_init__(**kwargs)
 
     @property

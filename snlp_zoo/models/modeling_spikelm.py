@@ -34,9 +34,8 @@ from snlp_zoo.ops.backend import product_dtype
 def _neuron_options(config: SpikeLMConfig, share: float = 1.0) -> dict[str, Any]:
     """Arguments of a neuron; a binary one fires at this share of the model's threshold."""
     if config.neuron == "lif":
-        return {
-            "tau": float(config.tau), "v_threshold": share * config.v_threshold, "backend": config.neuron_backend
-        }  # fmt: skip
+        threshold = share * config.v_threshold
+        return {"tau": float(config.tau), "v_threshold": threshold, "backend": config.neuron_backend}
     return {
         "time_steps": config.time_steps,
         "firing_k": config.firing_k,

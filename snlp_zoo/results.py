@@ -71,8 +71,10 @@ class Result(Checked):
 
     @property
     def number_of_seeds(self) -> str:
-        """In words: 3 seeds."""
-        return f"{len(self.runs)} seed{'s' * (len(self.runs) != 1)}"
+        """In words: 3 seeds, or 4 runs of 3 seeds."""
+        seeds = len(set(self.runs))
+        words = f"{seeds} seed{'s' * (seeds != 1)}"
+        return words if seeds == len(self.runs) else f"{len(self.runs)} runs of {words}"
 
     def spread(self, shown: Callable[[float], str]) -> str:
         """Mean +- standard deviation as `shown` writes numbers, or what there is of them."""

@@ -41,6 +41,13 @@ def test_a_score_is_reproduced_by_a_model_that_takes_no_more(published):
     assert published.status(few_bits, both)[0] == "reproduced"
 
 
+def test_a_run_of_a_seed_that_was_there_counts_as_a_run():
+    assert result(0.87).number_of_seeds == "3 seeds"
+    twice = Result(dataset="sst2", metric="accuracy", value=0.87, seeds=[0, 0, 1, 2])
+    assert twice.number_of_seeds == "4 runs of 3 seeds"
+    assert Result(dataset="sst2", metric="accuracy", value=0.87, seeds=[1, 1]).number_of_seeds == "2 runs of 1 seed"
+
+
 def test_less_perplexity_is_better(published):
     claim = published.Published("SpikeGPT", "Books", "perplexity", 20.0, None, 1, "a paper")
     ours = Result(dataset="books", metric="perplexity", value=19.0, seed=0)

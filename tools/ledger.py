@@ -63,7 +63,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         if isinstance(value, dict) and value:
             for key, part in value.items():
                 walk(f"{path}.{key}" if path else key, part)
-        elif path not in ("name", "train.seed") and path.rpartition(".")[2] not in ("source", "init_from"):
+        elif path not in ("name", "train.seed", "data.name") and path.rpartition(".")[2] not in ("source", "init_from"):
             found[path] = value
 
     walk("", recipe.model_dump())

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any, Self
 
@@ -46,6 +47,14 @@ class StopSignals:
         told = torch.tensor([int(self.received)])
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
         return bool(told.item())
+
+
+def wait_for_all(processes: int) -> None:
+    """Wait until all processes are here, for a day if need be: one of them may wait for another run. On CPUs, where the
+    end of a process is noticed at once.
+    """
+    if processes > 1:
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
 
 def others_lost(error: BaseException) -> bool:

@@ -44,6 +44,7 @@ from snlp_zoo.train.files import replace_folder
 from snlp_zoo.train.job import Data, Job, status
 from snlp_zoo.train.loop import Trainer
 from snlp_zoo.train.parts import TeacherPart
+from snlp_zoo.train.processes import wait_for_all
 from snlp_zoo.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -245,7 +246,7 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
         return teacher.to(accelerator.device).eval()
     cached = cache_folder() / "teachers" / _key(part, job.data)
     with tuned_by_one(cached, accelerator.is_main_process):
-        accelerator.wait_for_everyone()  # all find the same
+        wait_for_all(accelerator.num_processes)  # all find the same
         if not (cached / "config.json").is_file():
             tuned = _tune(job, part)
             if accelerator.is_main_process:

@@ -272,3 +272,46 @@ def test_a_teacher_tuned_by_two_one_text_at_a_time(run, make_recipe, two_process
     recipe = make_recipe(teacher=teacher, train=settings | {"batch_size": 8})
     two_processes(recipe, "--output-dir", tmp_path / "two", cache=tmp_path / "other-cache")
     assert_same_curves(metrics(tmp_path / "two" / "teacher"), metrics(one / "teacher"))
+
+
+# Collectives of this group may take 2 seconds; rank 0 comes after 4, as if it had waited for another run's teacher.
+LATE = """
+import os
+import sys
+import time
+from datetime import timedelta
+import torch.distributed as dist
+from snlp_zoo.errors import ProcessError
+from snlp_zoo.train.processes import loss_of_others_explained, wait_for_all
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+rank = dist.get_rank()
+dist.barrier()
+if rank == 0 and sys.argv[1] == "late":
+    time.sleep(4)
+elif rank == 0:
+    dist.new_group(backend="gloo")  # as `wait_for_all` begins
+    os._exit(0)
+try:
+    with loss_of_others_explained():
+        wait_for_all(2)
+    said = "together"
+except ProcessError as error:
+    said = str(error)
+with open(f"late{rank}.txt", "w") as file:
+    file.write(said)
+if said == "together":
+    dist.barrier()
+    dist.destroy_process_group()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("first", "said"), [("late", "together"), ("gone", "another process of this run has ended")])
+def test_processes_wait_for_one_that_waits_for_another_run(python, environment, tmp_path, first, said):
+    program = tmp_path / "late.py"
+    program.write_text(LATE)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program), first)
+    done = python(*launch, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "late1.txt").read_text().startswith(said)

@@ -167,7 +167,7 @@ def list_entries() -> list[str]:
 def unknown(kind: str, name: str, known: list[str]) -> RecipeError:
     """The error for a name nobody knows, with the nearest ones."""
     nearest = get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {shorten(', '.join(known), 400)}"
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {shorten(', '.join(known), 500)}"
     return RecipeError(f"unknown {kind} {name!r}; {hint}")
 
 

@@ -43,14 +43,19 @@ def load_unlabelled(
 
 
 def load_transfer(
-    source: str | Sequence[str], *, text: str | Sequence[str] = "text", size: int | None = None, seed: int = 0
+    source: str | Sequence[str],
+    *,
+    text: str | Sequence[str] = "text",
+    text_pair: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
 ) -> TextSet:
-    """All training texts of sources as `load_unlabelled` reads them, or a seeded sample of this size.
+    """All training texts, or pairs, of sources as `load_unlabelled` reads them, or a seeded sample of this size.
 
     Raises:
         DataError: as `load_unlabelled`.
     """
-    return _gathered(source, None, text, None, ())["train"].subset(size, seed)
+    return _gathered(source, None, text, text_pair, ())["train"].subset(size, seed)
 
 
 def load_documents(

@@ -83,6 +83,7 @@ class TransferPart(Checked):
 
     source: _OneOrMore
     text: _OneOrMore = "text"
+    text_pair: str | None = None  # the column of the second texts, if the task is of pairs
     size: int | None = Field(None, ge=1)  # seeded subset; None takes all
 
 

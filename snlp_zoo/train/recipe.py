@@ -6,6 +6,7 @@ list of named changes to the recipe's own keys, trained one after another; `--se
 """
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,10 +120,16 @@ class Recipe(Checked):
         return self
 
     def _fitting_splits(self) -> None:
-        asked = [key for key in ("transfer", "disjoint") if getattr(self.data, key)]
-        if asked and (self.head != "sequence-classification" or self.data.text_pair):
-            kind = "text pairs" if self.data.text_pair else "a language model" if self.task else "text without labels"
-            raise RecipeError(f"data.{asked[0]} is for single texts with labels, not for {kind}; leave it out here")
+        data, transfer = self.data, self.data.transfer
+        asked = [key for key in ("transfer", "disjoint") if getattr(data, key)]
+        if transfer and transfer.text_pair:
+            asked.remove("transfer")
+            if self.head != "sequence-classification" or not data.text_pair:
+                raise RecipeError("data.transfer.text_pair is for pairs of texts with labels; leave it out here")
+        if asked and (self.head != "sequence-classification" or data.text_pair):
+            kind = "text pairs" if data.text_pair else "a language model" if self.task else "text without labels"
+            instead = "name its text_pair" if data.text_pair and asked[0] == "transfer" else "leave it out here"
+            raise RecipeError(f"data.{asked[0]} is for single texts with labels, not for {kind}; {instead}")
 
     def _fitting_language_model(self) -> None:
         if self.teacher and self.teacher.tune != "none":
@@ -237,9 +244,10 @@ def _resolve(name: str, seen: tuple[str, ...], relative_to: Path | None = None) 
 
 def _resolve_entry(name: str, entry: registry.Entry, seen: tuple[str, ...]) -> dict[str, Any]:
     if entry.recipe is None:
+        trained = [entry for entry in registry.list_entries() if registry.load_entry(entry).recipe]
         raise RecipeError(
             f"zoo entry {name!r} has no recipe to train it; write a YAML file with 'extends: <recipe>' and a model, or "
-            f"use one of {', '.join(e for e in registry.list_entries() if registry.load_entry(e).recipe)}"
+            f"use one that has, such as {', '.join(get_close_matches(name, trained, cutoff=0))}"
         )
     content = _resolve(entry.recipe, seen)
     if entry.convert is not None and content.get("teacher") and "weights" in entry.source:

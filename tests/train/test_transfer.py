@@ -75,6 +75,34 @@ def test_the_teacher_s_value_for_a_regression(run, make_data, transfer, seen, te
     assert all(isinstance(label, float) for label in job.data.train.labels)
 
 
+def test_pairs_of_texts(run, make_data, seen, teacher_folder, tmp_path):
+    pairs = [(text, second, int(text[:4] == second[:4])) for text in TEXTS[:4] for second in TEXTS[4:8]]
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split, rows in (("train", pairs), ("dev", [("kasut", "lumi", 0)] * 4), ("test", [("morip", "lumi", 1)] * 4)):
+        lines = ["first\tsecond\tlabel", *("\t".join(map(str, row)) for row in rows)]
+        (folder / f"{split}.tsv").write_text("\n".join(lines))
+    more = [(TEXTS[8], TEXTS[9]), (TEXTS[10], TEXTS[11]), ("lumi", "kasut")]  # the last is a held-out pair
+    (tmp_path / "more.tsv").write_text("\n".join(["one\tother", *("\t".join(row) for row in more)]))
+    run(
+        data={
+            "source": str(folder), "text": "first", "text_pair": "second",
+            "transfer": {"source": str(tmp_path / "more.tsv"), "text": "one", "text_pair": "other"},
+        },
+        teacher={"train": {"epochs": 1, "batch_size": 4}},
+        train={"epochs": 1, "batch_size": 4},
+    )  # fmt: skip
+    ((job, teacher),) = seen
+    train, tokenizer = job.data.train, AutoTokenizer.from_pretrained(teacher_folder)
+    assert len(train) == 18
+    expected = [tokenizer(*pair, return_tensors="pt") for pair in more[:2]]
+    assert train.input_ids[16:] == [batch["input_ids"][0].tolist() for batch in expected]
+    assert train.token_type_ids[16:] == [batch["token_type_ids"][0].tolist() for batch in expected]
+    with torch.no_grad():
+        assert train.labels[16:] == [int(teacher(**batch).logits[0].argmax()) for batch in expected]
+    assert job.overlap["transfer"]["left_out"] == 1
+
+
 def test_beside_altered_copies_and_by_a_teacher_as_it_is(run, transfer, seen, teacher_folder, tmp_path):
     names = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
     AutoModelForSequenceClassification.from_pretrained(teacher_folder, **names).save_pretrained(tmp_path / "tuned")
@@ -117,6 +145,8 @@ def test_resume_gives_the_same_bytes(run, transfer, stop_at, monkeypatch, traine
         ({"teacher": None, "objectives": {"cross_entropy": 1}}, "data.transfer: the teacher labels .* there is none"),
         ({"data": {"label": None}, "objectives": {"hidden_mse": 1}}, "transfer is .*, not for text without labels"),
         ({"data": {"text_pair": "label"}}, "data.transfer is for single texts with labels, not for text pairs"),
+        ({"data": {"text_pair": "label"}}, "not for text pairs; name its text_pair"),
+        ({"data": {"transfer": {"text_pair": "other"}}}, "transfer.text_pair is for pairs of texts with labels"),
         (
             {"task": "causal-lm", "teacher": {"tune": "none"}, "model": {"init_from": "scratch"}},
             "not for a language model",

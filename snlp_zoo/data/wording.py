@@ -14,7 +14,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 def words(text: str) -> Words:
     """The words of a text in lower case without accents: runs of letters and digits, whatever stands between."""
-    return tuple(match.group() for match in _WORD.finditer(_plain(text)))
+    return tuple(_WORD.findall(_plain(text)))
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
@@ -46,7 +46,10 @@ class Runs:
     def inside(self, text: Words) -> Iterator[tuple[int, Words]]:
         """Every text that stands in this one, itself too if it is one of them, and the number of its first word."""
         for size in self.starts:
-            for place, start in enumerate(zip(*(text[shift:] for shift in range(size)), strict=False)):
+            starts = list(zip(*(text[shift:] for shift in range(size)), strict=False))
+            if self.by_start.keys().isdisjoint(starts):  # of most texts: none of what follows in Python
+                continue
+            for place, start in enumerate(starts):
                 for found in self.by_start.get(start, ()):
                     if text[place : place + len(found)] == found:
                         yield place, found

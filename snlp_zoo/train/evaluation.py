@@ -166,8 +166,8 @@ def evaluate_losses(
     """`evaluate` for a student without a head, by its distance from the teacher.
 
     Returns:
-        negative_loss (minus the weighted sum, so that more is better), every objective's mean over all batches,
-        firing_rate. Equal on every rank.
+        negative_loss (minus the weighted sum, so that more is better), every objective's mean over all batches, and the
+        firing rate if it spikes. Equal on every rank.
     """
     sums: list[tuple[Tensor, Tensor, float, int]] = []  # losses times units, units, firing rate times tokens, tokens
     asked = {"output_spike_rates": True} if spikes(distiller.student) else {}
@@ -185,7 +185,7 @@ def evaluate_losses(
     means = (losses / units.clamp_min(1)).tolist()
     negative = -sum(weight * mean for weight, mean in zip(weights, means, strict=True))
     terms = dict(zip(distiller.objectives, means, strict=True))
-    return {"negative_loss": negative, **terms, "firing_rate": fired / tokens} | _shares(counts)
+    return {"negative_loss": negative, **terms} | ({"firing_rate": fired / tokens} if asked else {}) | _shares(counts)
 
 
 def own_rows(accelerator: Accelerator, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,8 +34,11 @@ def test_scores(job: Job, student: PreTrainedModel, teacher: PreTrainedModel | N
     if job.recipe.baseline and data.label_names is not None and accelerator.is_main_process:
         train, held_out = data.texts.train, data.texts.test
         labels = [split.labels or [] for split in (train, held_out)]
-        with status(accelerator, "fitting the bag-of-words baseline"):
-            scores["baseline"] = bag_of_words_baseline(_joined(train), labels[0], _joined(held_out), labels[1])
+        try:
+            with status(accelerator, "fitting the bag-of-words baseline"):
+                scores["baseline"] = bag_of_words_baseline(_joined(train), labels[0], _joined(held_out), labels[1])
+        except ValueError as error:  # no word stands in two texts, or all have one class
+            logger.warning("there is no bag-of-words baseline: %s", error)
     named = {f"{who}_{metric}": value for who, values in scores.items() for metric, value in values.items()}
     what = "tokens" if isinstance(data.test, Stream) else "examples"
     return {f"test_{what}": len(data.test), **named, **fired}

@@ -472,3 +472,24 @@ def test_text_without_labels_teaches_angles_tables_and_rates(run, metrics):
     for name in objectives:
         assert rows[-1][name] < rows[0][name], name
     assert 0 < summary["firing_rate"] < 1
+
+
+def test_a_dense_student_of_text_without_labels_has_no_firing_rate(recipe_content, metrics, tmp_path):
+    config = {"spiking": False, "hidden_size": 32, "num_hidden_layers": 2}
+    model = {"model_type": "spikegpt", "config": config, "init_from": "scratch"}
+    content = recipe_content | {"model": model, "data": recipe_content["data"] | {"label": None}, "train": ONE_STEP}
+    recipe = tmp_path / "dense.yaml"
+    recipe.write_text(json.dumps(content | {"objectives": {"hidden_mse": 1.0}}))
+    summary = distill(str(recipe), output_dir=tmp_path / "dense")
+    (row,) = (row for row in metrics(tmp_path / "dense") if "split" in row)
+    assert list(row) == ["step", "split", "negative_loss", "hidden_mse"]
+    assert "firing_rate" not in summary
+
+
+def test_a_run_without_words_for_a_baseline_ends_well(run, make_data, caplog):
+    rows = [
+        (f"{word} {cue}", label) for word, cue, label in zip("abcd", "efgh", ["negative", "positive"] * 2, strict=True)
+    ]
+    _, summary = run(train=ONE_STEP | {"batch_size": 2}, data={"source": str(make_data(train=rows))})
+    assert not any(key.startswith("baseline") for key in summary)
+    assert "there is no bag-of-words baseline: " in caplog.text

@@ -27,7 +27,7 @@ def can_replay(accelerator: "Accelerator", settings: TrainPart) -> bool:
         and accelerator.device.type == "cuda"
         and accelerator.distributed_type == "NO"
         and settings.gradient_accumulation_steps == 1
-        and settings.mixed_precision != "fp16"
+        and accelerator.mixed_precision != "fp16"
         and isinstance(settings.surrogate_temperature, int | float)  # a number is part of the kernels' arguments
     )
 

@@ -232,7 +232,7 @@ class TeacherPart(Checked):
     # none: it already has a classifier for this task, or is a language model; without labels it is taken as it is
     tune: Literal["full", "head", "none"] = "full"
     dropout: float = Field(0.1, ge=0, lt=1)  # while it is tuned
-    train: TrainPart = TrainPart()
+    train: TrainPart = TrainPart()  # but for mixed_precision, which is the student's
 
 
 class ObjectivePart(Checked):

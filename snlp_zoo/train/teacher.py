@@ -38,10 +38,11 @@ from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.matching import LAYER_MAPS, layer_pairs, score_projections
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError, SnlpError
+from snlp_zoo.hub.client import digest
 from snlp_zoo.registry import knows_no_words
 from snlp_zoo.train.evaluation import predicted_labels
 from snlp_zoo.train.files import replace_folder
-from snlp_zoo.train.job import Data, Job, status
+from snlp_zoo.train.job import Job, status
 from snlp_zoo.train.loop import Trainer
 from snlp_zoo.train.parts import TeacherPart
 from snlp_zoo.train.processes import wait_for_all
@@ -236,7 +237,9 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
             teacher = teacher_from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32, **eager)
         return teacher.to(accelerator.device).eval()
     if part.tune == "none":
-        teacher = teacher_from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **eager)
+        teacher = teacher_from_pretrained(
+            AutoModelForSequenceClassification, part, use_safetensors=True, dtype=torch.float32, **eager
+        )
         classes = len(label_names) if label_names else 1
         if teacher.config.num_labels != classes:
             raise RecipeError(
@@ -244,7 +247,7 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
                 "be 'full' or 'head'"
             )
         return teacher.to(accelerator.device).eval()
-    cached = cache_folder() / "teachers" / _key(part, job.data)
+    cached = cache_folder() / "teachers" / _key(job, part)
     with tuned_by_one(cached, accelerator.is_main_process):
         wait_for_all(accelerator.num_processes)  # all find the same
         if not (cached / "config.json").is_file():
@@ -324,14 +327,15 @@ def label_options(label_names: list[str] | None) -> dict[str, Any]:
     }
 
 
-def _key(part: TeacherPart, data: Data) -> str:
-    """Everything the tuned weights depend on."""
-    weights = Path(locate_teacher(part.name)) / "model.safetensors"
+def _key(job: Job, part: TeacherPart) -> str:
+    """Everything the tuned weights depend on, but for what a Hub id stands for without a revision."""
+    data, files = job.data, sorted(Path(locate_teacher(part.name)).glob("*.safetensors"))
     parts = [
-        part.model_dump(),
+        part.model_dump(exclude={"train": {"mixed_precision"}}),
+        job.accelerator.mixed_precision,
         data.label_names,
         [(split.input_ids, split.labels) for split in (data.train, data.validation) if isinstance(split, Tokenised)],
-        weights.stat().st_size if weights.is_file() else None,
+        [digest(file, like="0" * 64) for file in files],
         [torch.__version__, transformers.__version__],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification, pipeline
 
@@ -164,6 +165,24 @@ def test_the_tuned_teacher_is_cached_and_reused(run, own_cache):
     assert len(list((own_cache / "teachers").iterdir())) == 2  # other settings, another teacher
 
 
+def test_other_weights_or_another_precision_are_another_teacher(run, own_cache, teacher_folder, tmp_path):
+    folder = shutil.copytree(teacher_folder, tmp_path / "own")
+    settings = {"train": ONE_STEP, "teacher": {"name": str(folder), "train": ONE_STEP}}
+
+    def tuned_after(**more):
+        run(**settings | more)
+        return len(list((own_cache / "teachers").iterdir()))
+
+    assert tuned_after() == 1
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    save_file({name: tensor + 0.1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert file.stat().st_size == size
+    assert tuned_after() == 2
+    assert tuned_after(train=ONE_STEP | {"mixed_precision": "bf16"}) == 3
+    assert tuned_after() == 3
+
+
 def test_a_teacher_is_tuned_alike_whatever_was_drawn_before(run, own_cache, monkeypatch, tmp_path, losses):
     curves = []
     for seed in (1, 2):
@@ -187,6 +206,15 @@ def test_an_untuned_teacher_is_taken_as_it_is(run, own_cache, make_classifier):
     assert not own_cache.exists()
     assert not (folder / "teacher").exists()
     assert "teacher_accuracy" in summary
+
+
+def test_an_untuned_teacher_saved_in_half_precision_is_one_of_single_precision(make_classifier, run, monkeypatch):
+    folder, seen = make_classifier(2), []
+    BertForSequenceClassification.from_pretrained(folder).half().save_pretrained(folder)
+    real = snlp_zoo.train.run.prepare_teacher
+    monkeypatch.setattr(snlp_zoo.train.run, "prepare_teacher", lambda *given: seen.append(real(*given)) or seen[-1])
+    run(train=ONE_STEP, teacher={"name": str(folder), "tune": "none"})
+    assert seen[0].dtype == torch.float32
 
 
 def test_an_untuned_teacher_of_another_task_is_refused(run, make_classifier):

@@ -36,8 +36,14 @@ FAMILIES = ["spikelm", "spikingbert", "spikebert"]
     ],
 )
 def test_when_steps_are_replayed(settings, device, processes, replayed):
-    place = SimpleNamespace(device=torch.device(device), distributed_type=processes)
-    assert can_replay(place, TrainPart(**{"cuda_graphs": True} | settings)) is replayed
+    settings = TrainPart(**{"cuda_graphs": True} | settings)
+    kind = {"distributed_type": processes, "mixed_precision": settings.mixed_precision}
+    assert can_replay(SimpleNamespace(device=torch.device(device), **kind), settings) is replayed
+
+
+def test_the_runs_precision_decides_also_for_the_teacher():
+    place = SimpleNamespace(device=torch.device("cuda"), distributed_type=DistributedType.NO, mixed_precision="fp16")
+    assert not can_replay(place, TrainPart(cuda_graphs=True))
 
 
 def batch_of(length):

@@ -32,7 +32,7 @@ from snlp_zoo.layers import pack
 from snlp_zoo.models.checkpoint import read_json
 from snlp_zoo.pretrained import METRICS
 from snlp_zoo.train.files import replace_folder, write_json
-from snlp_zoo.train.recipe import load_recipe
+from snlp_zoo.train.recipe import Recipe, load_recipe, stage_recipes
 from snlp_zoo.train.run import evaluate_checkpoint
 
 CANDIDATES, SAMPLE, WORDS, PREFIX, CLEAR, FLOOR = 400, 200, 12, 4, 4, 0.1
@@ -196,10 +196,15 @@ def _summary(run: Path) -> dict[str, Any]:
     return read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
 
 
+def stages_of(run: Path) -> list[Recipe]:
+    """Recipes of the run's stages, the model's own last; none if the run kept no recipe."""
+    kept = run / "recipe.yaml"
+    return [recipe for _, recipe in stage_recipes(load_recipe(str(kept)), run)] if kept.is_file() else []
+
+
 def teacher_of(run: Path) -> str:
-    """Name of the run's teacher, "" without one."""
-    recipe = load_recipe(str(run / "recipe.yaml")) if (run / "recipe.yaml").is_file() else None
-    return recipe.teacher.name if recipe and recipe.teacher else ""
+    """Name of the run's last teacher, "" without one."""
+    return next((recipe.teacher.name for recipe in reversed(stages_of(run)) if recipe.teacher), "")
 
 
 def run_scores(run: Path, who: str, scores: dict[str, Any]) -> dict[str, float]:
@@ -225,8 +230,8 @@ def ship(options: argparse.Namespace) -> Path:
     run = folder.parent if folder.name == "model" else folder
     columns = {"text": options.text, "text_pair": options.text_pair, "label": options.label}
     columns["separator"] = options.separator
-    if columns["separator"] is None and (run / "recipe.yaml").is_file():
-        columns["separator"] = load_recipe(str(run / "recipe.yaml")).data.separator
+    if options.separator is None and (stages := stages_of(run)):
+        columns["separator"] = stages[-1].data.separator
     replace_folder(target, lambda new: write(folder, new, options.labels))
     after = score(target, options.data, columns)
     packed = read_json(folder / "config.json").get("packed")  # already, where it was trained

@@ -180,7 +180,7 @@ def _train_stages(
         return {}
     last, model = list(jobs)[-1], folder / "model"
     summaries = [json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in jobs]
-    if any(jobs.values()) or not model.is_dir():
+    if any(jobs.values()) or not (model.is_dir() and (folder / "summary.json").is_file()):
         replace_folder(model, lambda target: shutil.copytree(last / "model", target, dirs_exist_ok=True))
     seconds = {
         key: round(sum(summary.get(key, 0) for summary in summaries), 1)
@@ -344,7 +344,8 @@ def _evaluate_language_model(
 ) -> dict[str, Any]:
     model, tokenizer = _language_model(folder), registry.load_tokenizer(folder)
     kept = folder.parent / "recipe.yaml"
-    part = load_recipe(str(kept)).data if kept.is_file() else None  # how it was trained
+    stages = stage_recipes(load_recipe(str(kept)), folder.parent) if kept.is_file() else []
+    part = stages[-1][1].data if stages else None  # how it was trained
     if part is not None and separator is None:
         separator = part.separator
     if Path(data).is_file():

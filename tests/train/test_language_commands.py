@@ -71,6 +71,15 @@ def test_train_evaluate_and_the_card(cli, recipe, data_folder, tmp_path):
     assert make_results(run)
 
 
+def test_what_stands_after_texts_is_that_of_the_last_stage(cli, recipe, data_folder, tmp_path):
+    content = yaml.safe_load(recipe(max_steps=1).read_text())
+    stages = [{"name": "speak", "data": {"separator": " lumi "}}]
+    (tmp_path / "staged.yaml").write_text(yaml.safe_dump(content | {"stages": stages}))
+    cli("train", "staged.yaml", "--output-dir", "here")
+    scores = json.loads(cli("evaluate", "here", "--data", data_folder / "test.tsv", "--json"))
+    assert scores["tokens"] == json.loads((tmp_path / "here/summary.json").read_text())["test_tokens"]
+
+
 def test_an_entry_that_is_not_trained_says_how(cli):
     with pytest.raises(CheckpointError, match="train it with 'snlp-zoo train spikegpt_tiny_chars' or use"):
         cli("evaluate", "spikegpt_tiny_chars", "--data", "tweets")

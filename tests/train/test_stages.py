@@ -194,6 +194,15 @@ def test_resuming_a_finished_run_does_nothing(finished, staged, stop_at, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == stamps
 
 
+def test_a_run_stopped_before_its_model_was_in_place_does_not_keep_an_older_one(finished, staged, stop_at, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "summary.json").unlink()
+    shutil.copytree(folder / "1_general" / "model", folder / "model", dirs_exist_ok=True)
+    stop_at(1)
+    staged(resume=True)
+    same_files(folder, finished[0])
+
+
 def test_a_fresh_start_in_an_old_folder_does_every_stage_again(finished, staged, stop_at, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     stop_at(8)

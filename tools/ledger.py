@@ -15,6 +15,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from textwrap import indent
@@ -23,11 +24,10 @@ from typing import Any
 import torch
 import yaml
 from published import SYSTEMS, paper_of, plain
-from torch.nn.utils.rnn import pad_sequence
 
 from snlp_zoo import registry
 from snlp_zoo.data import TextSet
-from snlp_zoo.data.batches import longest, tokenise
+from snlp_zoo.data.batches import collate, longest, model_inputs, tokenise
 from snlp_zoo.data.text import Columns, read_splits
 from snlp_zoo.energy import estimate
 from snlp_zoo.errors import EnergyError
@@ -54,20 +54,30 @@ def dataset_of(recipe: Recipe) -> str:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value of everything in a recipe but its seed, and where files lie."""
-    found: dict[str, Any] = {}
+    """Everything in a recipe but its seed, and where files lie, as mappings in mappings; stages by their names."""
+    content = recipe.model_dump(exclude={"name": True, "train": {"seed"}, "data": {"name"}})
+    content["stages"] = {
+        stage["name"]: {key: part for key, part in stage.items() if key != "name"} for stage in content["stages"]
+    }
+    return _without_places(content)
 
-    def walk(path: str, value: Any) -> None:
-        if path == "stages":
-            value = {stage["name"]: {key: part for key, part in stage.items() if key != "name"} for stage in value}
-        if isinstance(value, dict) and value:
-            for key, part in value.items():
-                walk(f"{path}.{key}" if path else key, part)
-        elif path not in ("name", "train.seed", "data.name") and path.rpartition(".")[2] not in ("source", "init_from"):
-            found[path] = value
 
-    walk("", recipe.model_dump())
-    return found
+def _without_places(content: Any) -> Any:
+    if not isinstance(content, dict):
+        return content
+    words = ("teacher", "scratch")  # of model.init_from, which else is a folder
+    own = {key: part for key, part in content.items() if key != "source" and (key != "init_from" or part in words)}
+    kept = {key: _without_places(part) for key, part in own.items()}
+    return {key: part for key, part in kept.items() if part != {} or own[key] == {}}
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys, and the values that make new settings of old ones; a mapping that lost a key stands as a whole."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() <= new.keys():
+        for key, value in new.items():
+            yield from differences(old.get(key), value, f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, new
 
 
 def more_texts(recipe: Recipe) -> dict[str, list[str]]:
@@ -93,9 +103,11 @@ def command_of(recipe: Recipe) -> str | None:
     if recipe.name not in registry.list_entries() or registry.load_entry(recipe.name).recipe is None:
         return None
     entry = load_recipe(recipe.name)
-    own, ours = settings(entry) | more_texts(entry), settings(recipe) | more_texts(recipe)
-    changes = [f"{key}={json.dumps(value)}" for key, value in ours.items() if own.get(key) != value]
-    return f"snlp-zoo train {recipe.name}" + "".join(f" --set {shlex.quote(change)}" for change in changes)
+    old, new, texts = settings(entry), settings(recipe), more_texts(entry)
+    new["stages"] = dict.fromkeys(old["stages"]) | new["stages"]  # what was left out is null
+    changes = [*differences(old, new), *(one for one in more_texts(recipe).items() if one not in texts.items())]
+    options = (shlex.quote(f"{key}={json.dumps(value)}") for key, value in changes)
+    return " ".join([f"snlp-zoo train {recipe.name}", *(f"--set {option}" for option in options)])
 
 
 def energy_of(folder: Path, recipe: Recipe, seed: int, number: int) -> dict[str, Any]:
@@ -106,11 +118,10 @@ def energy_of(folder: Path, recipe: Recipe, seed: int, number: int) -> dict[str,
     texts = read_texts(recipe).test
     some = texts.take(list(range(min(number, len(texts)))))
     length = min(longest(tokenizer, model.config), recipe.data.max_length)
-    rows = tokenise(tokenizer, TextSet(some.texts, some.pairs), length).input_ids
-    parts = [torch.tensor(row) for row in rows]
-    ids, mask = (pad_sequence(x, batch_first=True) for x in (parts, [torch.ones_like(part) for part in parts]))
+    tokens = tokenise(tokenizer, TextSet(some.texts, some.pairs), length)
+    batch = collate(tokens, range(len(tokens)), tokenizer.pad_token_id or 0)
     try:
-        report = estimate(model, {"input_ids": ids, "attention_mask": mask})
+        report = estimate(model, model_inputs(batch, model))
     except EnergyError as error:
         print(f"{folder}: {error}", file=sys.stderr)
         return {}
@@ -174,8 +185,7 @@ def collect(folders: list[Path], number: int = 16) -> list[dict[str, Any]]:
             if seed == next_seed:
                 raise SystemExit(f"{entry}: {folder} and {next_folder} both have seed {seed}; collect one of them")
         for _, folder, recipe in runs[1:]:
-            other = settings(recipe)
-            different = [key for key in first.keys() | other.keys() if first.get(key) != other.get(key)]
+            different = [key for key, _ in differences(first, settings(recipe))]
             if different:
                 raise SystemExit(
                     f"{entry}: {folder} and {runs[0][1]} differ in {', '.join(sorted(different))}, not in their seeds "

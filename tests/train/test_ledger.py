@@ -106,6 +106,37 @@ def test_the_command_names_what_differs_from_the_entry(ledger):
     assert ledger.command_of(classifier) == "snlp-zoo train spikegpt_mini_sst2"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["stages.general=null"],
+        ["stages.task.objectives={cross_entropy: 1.0}"],
+        ["stages.task.model.init_from=scratch", "model.config.time_steps=2"],
+        ["stages.task.data.augment={copies: 2}", "stages.task.train.steps=9"],
+        ["stages.task.data={disjoint: false}", "train.seed=3"],
+    ],
+)
+def test_the_command_makes_the_run_anew_whatever_was_left_out(ledger, changes):
+    load = import_module("snlp_zoo.train.recipe").load_recipe
+    changed = load("spikelm_mini_sst2", changes)
+    *_, options = ledger.command_of(changed).partition("spikelm_mini_sst2")
+    again = load("spikelm_mini_sst2", [word for word in shlex.split(options) if word != "--set"])
+    assert ledger.settings(again) == ledger.settings(changed) != ledger.settings(load("spikelm_mini_sst2"))
+
+
+def test_energy_of_pairs_knows_which_text_is_the_second(ledger, trained, tmp_path, monkeypatch):
+    (tmp_path / "pairs").mkdir()
+    for split in ("train", "dev", "test"):
+        rows = "text\tother\tlabel\n" + "lumi kalan\tgrum tedor\tpositive\nvosh\tfenn\tnegative\n" * 4
+        (tmp_path / "pairs" / f"{split}.tsv").write_text(rows)
+    changes = [f"data.source={tmp_path / 'pairs'}", "data.text_pair=other"]
+    seen, real = [], ledger.estimate
+    monkeypatch.setattr(ledger, "estimate", lambda model, batch: seen.append(batch) or real(model, batch))
+    ledger.energy_of(trained.folder, ledger.load_recipe(str(trained.recipe), changes), 0, 2)
+    (batch,) = seen
+    assert batch["token_type_ids"].sum(1).tolist() == [3, 2]  # its words and the separator after them
+
+
 def test_a_seed_counts_once(ledger, trained):
     with pytest.raises(SystemExit, match="both have seed 0; collect one of them"):
         ledger.collect([trained.folder, trained.folder])

@@ -335,6 +335,12 @@ def test_other_models_do_not_get_an_entrys_name(shipped):
     assert not pretrained.FOLDER.exists()
 
 
+def test_a_converted_model_is_not_shipped(ship, tmp_path):
+    registry.build("spiking_llama_tiny").save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="spiking_llama_tiny is a transformers model made to spike"):
+        ship.check_entry(tmp_path / "model", "spiking_llama_tiny")
+
+
 def test_pipelines_take_the_folder(ternary):
     classify = transformers.pipeline("text-classification", model=str(snlp_zoo.find_checkpoint("spikelm_tiny_158")))
     assert classify("what a day")[0]["label"] == predict("spikelm_tiny_158", ["what a day"])[0]["label"]

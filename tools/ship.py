@@ -215,8 +215,12 @@ def run_scores(run: Path, who: str, scores: dict[str, Any]) -> dict[str, float]:
 
 
 def check_entry(folder: Path, entry: str) -> None:
-    """Raises SystemExit if the model in `folder` has another type, T or bits than the entry whose name it would get."""
+    """Raises SystemExit if the model in `folder` has another type, T or bits than the entry whose name it would get, or
+    is converted.
+    """
     config, own = registry.load(folder).config, registry.build(entry).config
+    if not hasattr(own, "weight_bits"):
+        raise SystemExit(f"ship: {entry} is a transformers model made to spike; only models of this zoo are packed")
     for key in ("model_type", "time_steps", "weight_bits"):
         found, wanted = getattr(config, key, None), getattr(own, key, None)
         if found != wanted:

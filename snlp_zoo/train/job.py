@@ -50,7 +50,8 @@ class Job:
     Args:
         folder: gets recipe.yaml, metrics.jsonl, summary.json, model/, checkpoints/ and, while it is tuned, teacher/.
         resume: continue from the last checkpoint in the folder, if there is one.
-        held_out: validation and test texts of all labelled stages; none stands in the training texts.
+        held_out: validation and test texts of all labelled stages; none stands in the training texts, but where
+            data.overlap is "report".
         overlap: which of those did, in the training texts and the texts to transfer; see `data.overlap.counted`.
     """
 
@@ -118,7 +119,8 @@ class StageTexts(NamedTuple):
 
 
 def read_run_texts(recipes: Sequence[Recipe], finished: int) -> list[StageTexts | None]:
-    """The texts of a run's stages; no training text holds what any labelled stage is scored on.
+    """The texts of a run's stages; where data.overlap is "drop", no training text holds what a labelled stage is scored
+    on.
 
     Args:
         finished: how many of the first stages are finished; they get None.

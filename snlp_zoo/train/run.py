@@ -24,6 +24,7 @@ from snlp_zoo.train.evaluation import evaluate, evaluate_through
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
 from snlp_zoo.train.job import Job, StageTexts, read_run_texts, read_tokens, status
 from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
+from snlp_zoo.train.parts import DataPart
 from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
 from snlp_zoo.train.student import (
@@ -308,7 +309,7 @@ def evaluate_checkpoint(
 
     Args:
         data: a file, with labels for a classifier, or anything `data.load_splits` or, for a language model,
-            `data.load_documents` knows, whose test split is used.
+            `data.load_documents` knows, whose test split is used, of the run's own data that of the run.
         text, text_pair, label: column names; of a language model the first alone.
         separator: what stands after each text for a language model; None: what did in its run, if that lies around
             it, else its tokenizer's end of text.
@@ -328,7 +329,7 @@ def evaluate_checkpoint(
     if Path(data).is_file():
         texts = read_set(data, regression=names is None, **columns)
     else:
-        texts = load_splits(data, **columns).test
+        texts = load_splits(data, **columns, **_own_splits(_data_of(folder), data)).test
     limit = longest(tokenizer, model.config)
     tokens = tokenise(tokenizer, texts, limit)
     if tokens.truncated:
@@ -343,15 +344,14 @@ def _evaluate_language_model(
     folder: Path, data: str, text: str, separator: str | None, window: int | None
 ) -> dict[str, Any]:
     model, tokenizer = _language_model(folder), registry.load_tokenizer(folder)
-    kept = folder.parent / "recipe.yaml"
-    stages = stage_recipes(load_recipe(str(kept)), folder.parent) if kept.is_file() else []
-    part = stages[-1][1].data if stages else None  # how it was trained
+    part = _data_of(folder)
     if part is not None and separator is None:
         separator = part.separator
     if Path(data).is_file():
         texts = read_documents(data, text)
     else:
-        texts = load_documents(data, text=text, seed=part.seed if part and part.source == data else 0).test.texts
+        own = _own_splits(part, data)
+        texts = load_documents(data, text=text, **{key: own[key] for key in ("name", "seed") if own}).test.texts
     stream = make_stream(texts, tokenizer, separator)
     if (largest := int(stream.tokens.max())) >= model.config.vocab_size:
         raise CheckpointError(
@@ -373,6 +373,19 @@ def _evaluate_language_model(
     windows = crop_loader(stream, tokenizer, window, max(_AT_ONCE // window, 1), shuffle=False)
     scores = evaluate(accelerator, model, windows, "evaluate")
     return {"path": str(folder), "data": data, **size, "window": window, **scores}
+
+
+def _data_of(folder: Path) -> DataPart | None:
+    """What the model in this folder was trained on last; None where it is not that of a run."""
+    kept = folder.parent / "recipe.yaml"
+    return stage_recipes(load_recipe(str(kept)), folder.parent)[-1][1].data if kept.is_file() else None
+
+
+def _own_splits(part: DataPart | None, data: str) -> dict[str, Any]:
+    """What cut this data into the splits of a run, if it is the run's: another seed's test split was trained on."""
+    if part is None or part.source != data:
+        return {}
+    return part.model_dump(include={"name", "seed", "disjoint", "validation_size", "test_size"})
 
 
 def _language_model(folder: Path) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from snlp_zoo.errors import DataError, RecipeError
 from snlp_zoo.train import teacher as teacher_module
 from snlp_zoo.train.loop import Trainer, make_accelerator
 from snlp_zoo.train.recipe import TrainPart, load_recipe
-from snlp_zoo.train.run import distill
+from snlp_zoo.train.run import distill, evaluate_checkpoint
 
 ONE_STEP = {"max_steps": 1}
 QUICK = {"max_steps": 4, "eval_steps": 4}
@@ -521,3 +521,15 @@ def test_a_run_without_words_for_a_baseline_ends_well(run, make_data, caplog):
     _, summary = run(train=ONE_STEP | {"batch_size": 2}, data={"source": str(make_data(train=rows))})
     assert not any(key.startswith("baseline") for key in summary)
     assert "there is no bag-of-words baseline: " in caplog.text
+
+
+def test_a_run_is_evaluated_on_its_own_test_split(run, data_folder, tmp_path):
+    """Which data.seed carved from train; another seed's was trained on."""
+    (tmp_path / "alone").mkdir()
+    shutil.copy(data_folder / "train.tsv", tmp_path / "alone")
+    source = str(tmp_path / "alone")
+    folder, summary = run(train=ONE_STEP, data={"source": source, "seed": 3, "disjoint": True, "test_size": 7})
+    found = evaluate_checkpoint(str(folder), source)
+    assert found["examples"] == summary["test_examples"] == 7
+    assert found["accuracy"] == summary["student_accuracy"]
+    assert found["firing_rate"] == pytest.approx(summary["firing_rate"], abs=1e-6)

@@ -103,6 +103,7 @@ def test_a_seeded_sample_of_each_source_goes_to_a_file_that_recipes_read(run, tm
         (("o.txt", "a.tsv"), "no column text, sentence, .* among title, body"),
         (("o.txt", "b.tsv"), r"b\.tsv: no such file"),
         (("o.tsv", "a.tsv"), r"written as \.txt or \.txt\.xz"),
+        (("there/o.txt", "a.tsv"), r"there/o\.txt: there is no such folder"),
     ],
 )
 def test_mistakes_are_told(run, tmp_path, arguments, message):

@@ -181,6 +181,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/compare"))
     parser.add_argument("--report", action="store_true", help="Run nothing; show what is finished.")
     options = parser.parse_args()
+    if min(options.seeds, options.jobs) < 1:
+        parser.error(f"--seeds {options.seeds} and --jobs {options.jobs} must be at least 1")
     jobs: list[Job] = []
     for name, recipe, changes in options.students:
         jobs += [

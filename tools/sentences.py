@@ -80,6 +80,8 @@ def main() -> None:
     kind, ending = ("pairs", ".tsv") if arguments.pairs else ("sentences", ".txt")
     if not arguments.out.name.endswith((ending, f"{ending}.xz")):
         raise SystemExit(f"{arguments.out}: {kind} are written as {ending} or {ending}.xz; name such a file")
+    if not arguments.out.parent.is_dir():
+        raise SystemExit(f"{arguments.out}: there is no such folder; make it")
     head = ["sentence1\tsentence2"] if arguments.pairs else []
     try:
         lines = head + collect(arguments.sources, arguments.seed, arguments.pairs)

@@ -80,7 +80,12 @@ def test_students_of_a_file(tmp_path, compare):
 
 
 @pytest.mark.parametrize(
-    ("students", "said"), [(["a = x", "a = y"], "name a only once"), (["a b"], "want 'NAME = RECIPE key=value ...'")]
+    ("students", "said"),
+    [
+        (["a = x", "a = y"], "name a only once"),
+        (["a b"], "want 'NAME = RECIPE key=value ...'"),
+        (["a = x", "--jobs", "0"], "--jobs 0 must be at least 1"),
+    ],
 )
 def test_students_that_are_refused(compare, monkeypatch, capsys, students, said):
     monkeypatch.setattr(sys, "argv", ["compare_recipes.py", *students])

@@ -214,7 +214,7 @@ def evaluate(
 ) -> None:
     """Score a trained classifier on labelled texts, or a language model on any."""
     cli_energy.quiet_transformers()
-    from snlp_zoo.train.run import evaluate_checkpoint
+    from snlp_zoo.train.saved import evaluate_checkpoint
 
     columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "separator": separator}
     scores = evaluate_checkpoint(path_or_entry, data, **columns, window=window, revision=revision, verify=verify)

@@ -23,7 +23,7 @@ from snlp_zoo.data.demo import load_tweets
 from snlp_zoo.data.tokenizers import train_tokenizer
 from snlp_zoo.hub.client import digest
 from snlp_zoo.predict import predict
-from snlp_zoo.train.run import evaluate_checkpoint
+from snlp_zoo.train.saved import evaluate_checkpoint
 
 # entries whose weights the package has: a folder by tools/ship.py, a name here
 SHIPPED = ["spikegpt_mini_158", "spikelm_mini_158_sst2", "spikingbert_mini_158_sst2"]

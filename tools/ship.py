@@ -33,7 +33,7 @@ from snlp_zoo.models.checkpoint import read_json
 from snlp_zoo.pretrained import METRICS
 from snlp_zoo.train.files import replace_folder, write_json
 from snlp_zoo.train.recipe import Recipe, load_recipe, stage_recipes
-from snlp_zoo.train.run import evaluate_checkpoint
+from snlp_zoo.train.saved import evaluate_checkpoint
 
 CANDIDATES, SAMPLE, WORDS, PREFIX, CLEAR, FLOOR = 400, 200, 12, 4, 4, 0.1
 NO_SCORES = {"path", "data", "examples", "truncated", "tokens", "bytes", "characters", "unknown", "window"}

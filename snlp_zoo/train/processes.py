@@ -54,7 +54,8 @@ def wait_for_all(processes: int) -> None:
     end of a process is noticed at once.
     """
     if processes > 1:
-        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+        everyone: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        dist.barrier(everyone)
 
 
 def others_lost(error: BaseException) -> bool:

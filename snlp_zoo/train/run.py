@@ -8,23 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
-from snlp_zoo import hub, registry
-from snlp_zoo.data import load_documents, load_splits, read_documents, read_set
-from snlp_zoo.data.batches import loader, longest, tokenise
-from snlp_zoo.data.streams import crop_loader, make_stream
+from snlp_zoo import registry
 from snlp_zoo.distill.distiller import Distiller
 from snlp_zoo.distill.objectives import OBJECTIVES
 from snlp_zoo.errors import CheckpointError, RecipeError
-from snlp_zoo.models.checkpoint import architecture, read_json
-from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.train.checkpoints import started_with
-from snlp_zoo.train.evaluation import evaluate, evaluate_through
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
 from snlp_zoo.train.job import Job, StageTexts, read_run_texts, read_tokens, status
 from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
-from snlp_zoo.train.parts import DataPart
 from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
 from snlp_zoo.train.student import (
@@ -49,8 +42,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-WINDOW = 1024  # tokens in which text is read where no state can be carried on
-_AT_ONCE = 4096  # tokens, of several windows
 
 
 def distill(
@@ -287,113 +278,3 @@ def _train(job: Job, student: PreTrainedModel, teacher: PreTrainedModel | None) 
     weights = {name: part.weight for name, part in recipe.objectives.items()}
     trainer = Trainer(job.accelerator, distiller, loaders, settings, weights, job.folder, save_model)
     return trainer.run(job.resume, "distil" if teacher else "train")
-
-
-def evaluate_checkpoint(
-    path_or_entry: str,
-    data: str,
-    *,
-    text: str = "text",
-    text_pair: str | None = None,
-    label: str = "label",
-    separator: str | None = None,
-    window: int | None = None,
-    revision: str | None = None,
-    verify: bool = False,
-) -> dict[str, Any]:
-    """Scores of a saved student, a classifier or a language model: the whole of `snlp-zoo evaluate`.
-
-    A language model of this zoo carries its state through all of the text, so that every token is predicted from all
-    before it; validation while training starts every crop afresh, and so is a little worse. Where the state grows with
-    the text, in a converted model or a dense one of transformers, text is read in windows, each from its beginning.
-
-    Args:
-        data: a file, with labels for a classifier, or anything `data.load_splits` or, for a language model,
-            `data.load_documents` knows, whose test split is used, of the run's own data that of the run.
-        text, text_pair, label: column names; of a language model the first alone.
-        separator: what stands after each text for a language model; None: what did in its run, if that lies around
-            it, else its tokenizer's end of text.
-        window: tokens of a language model's windows; None: `WINDOW`, or the state is carried on where that can be.
-        revision, verify: as `snlp_zoo.load`.
-    Raises:
-        SnlpError: the checkpoint or the file cannot be used.
-    """
-    folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
-    if registry.task_of(architecture(read_json(folder / "config.json"))) == "causal-lm":
-        return _evaluate_language_model(folder, data, text, separator, window)
-    model = registry.load_classifier(folder)
-    tokenizer = registry.load_tokenizer(folder)
-    labels: dict[Any, str] = model.config.id2label or {}
-    names = None if len(labels) == 1 else [labels[number] for number in sorted(labels)]
-    columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "label_names": names}
-    if Path(data).is_file():
-        texts = read_set(data, regression=names is None, **columns)
-    else:
-        texts = load_splits(data, **columns, **_own_splits(_data_of(folder), data)).test
-    limit = longest(tokenizer, model.config)
-    tokens = tokenise(tokenizer, texts, limit)
-    if tokens.truncated:
-        logger.warning("%d of %d texts were cut at %d tokens", tokens.truncated, len(tokens), limit)
-    accelerator = make_accelerator("no")
-    batches = loader(tokens, tokenizer, 64, shuffle=False, drop_last=False)
-    scores = evaluate(accelerator, model.to(accelerator.device), batches, "evaluate")
-    return {"path": str(folder), "data": data, "examples": len(tokens), "truncated": tokens.truncated, **scores}
-
-
-def _evaluate_language_model(
-    folder: Path, data: str, text: str, separator: str | None, window: int | None
-) -> dict[str, Any]:
-    model, tokenizer = _language_model(folder), registry.load_tokenizer(folder)
-    part = _data_of(folder)
-    if part is not None and separator is None:
-        separator = part.separator
-    if Path(data).is_file():
-        texts = read_documents(data, text)
-    else:
-        own = _own_splits(part, data)
-        texts = load_documents(data, text=text, **{key: own[key] for key in ("name", "seed") if own}).test.texts
-    stream = make_stream(texts, tokenizer, separator)
-    if (largest := int(stream.tokens.max())) >= model.config.vocab_size:
-        raise CheckpointError(
-            f"cannot evaluate {folder}: its tokenizer gives token {largest}, its model knows "
-            f"{model.config.vocab_size}; save both of one training"
-        )
-    if stream.unknown:
-        logger.warning("%d of %d characters are unknown to the tokenizer", stream.unknown, stream.characters)
-    accelerator = make_accelerator("no")
-    model.to(accelerator.device)
-    size = {"tokens": len(stream), "bytes": stream.utf8_bytes, "characters": stream.characters}
-    size |= {"unknown": stream.unknown}
-    if window is None and isinstance(model.config, SpikingConfig):
-        return {"path": str(folder), "data": data, **size, **evaluate_through(model, stream)}
-    positions = getattr(model.config, "max_position_embeddings", window or WINDOW)
-    if window is not None and not 1 <= window <= positions:
-        raise RecipeError(f"window {window} must be at least 1 token and at most the model's {positions} positions")
-    window = window or min(WINDOW, positions)
-    windows = crop_loader(stream, tokenizer, window, max(_AT_ONCE // window, 1), shuffle=False)
-    scores = evaluate(accelerator, model, windows, "evaluate")
-    return {"path": str(folder), "data": data, **size, "window": window, **scores}
-
-
-def _data_of(folder: Path) -> DataPart | None:
-    """What the model in this folder was trained on last; None where it is not that of a run."""
-    kept = folder.parent / "recipe.yaml"
-    return stage_recipes(load_recipe(str(kept)), folder.parent)[-1][1].data if kept.is_file() else None
-
-
-def _own_splits(part: DataPart | None, data: str) -> dict[str, Any]:
-    """What cut this data into the splits of a run, if it is the run's: another seed's test split was trained on."""
-    if part is None or part.source != data:
-        return {}
-    return part.model_dump(include={"name", "seed", "disjoint", "validation_size", "test_size"})
-
-
-def _language_model(folder: Path) -> PreTrainedModel:
-    """One of this zoo, or converted; a dense one of transformers too, to compare with."""
-    content = read_json(folder / "config.json")
-    if "quantization_config" in content or content.get("model_type") in registry.model_classes():
-        return registry.load(folder)
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
-    except Exception as error:  # transformers and safetensors each raise their own
-        raise CheckpointError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error

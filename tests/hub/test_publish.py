@@ -57,7 +57,7 @@ from typer.testing import CliRunner
 from snlp_zoo.cli import app
 from snlp_zoo.hub import find_checkpoint
 from snlp_zoo.predict import predict
-from snlp_zoo.train.run import evaluate_checkpoint
+from snlp_zoo.train.saved import evaluate_checkpoint
 from snlp_zoo.train.student import copy_student
 ids = torch.tensor({IDS})
 auto = AutoModelForSequenceClassification.from_pretrained("user/tiny")

@@ -28,7 +28,8 @@ from snlp_zoo.train.evaluation import evaluate
 from snlp_zoo.train.loop import make_accelerator
 from snlp_zoo.train.parts import THRESHOLD_SCALES, TrainPart, window_number
 from snlp_zoo.train.recipe import dump_recipe, load_recipe
-from snlp_zoo.train.run import distill, evaluate_checkpoint
+from snlp_zoo.train.run import distill
+from snlp_zoo.train.saved import evaluate_checkpoint
 
 WORDS = ("kalan", "mopim", "ridor", "tesut", "bulan", "nepim", "sola", "fenn")
 WINDOWS = [{"max_count": 15, "threshold_scale": 3.0}, {"max_count": 3, "threshold_scale": 1.2, "until": 1.0}]

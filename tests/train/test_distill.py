@@ -16,7 +16,8 @@ from snlp_zoo.errors import DataError, RecipeError
 from snlp_zoo.train import teacher as teacher_module
 from snlp_zoo.train.loop import Trainer, make_accelerator
 from snlp_zoo.train.recipe import TrainPart, load_recipe
-from snlp_zoo.train.run import distill, evaluate_checkpoint
+from snlp_zoo.train.run import distill
+from snlp_zoo.train.saved import evaluate_checkpoint
 
 ONE_STEP = {"max_steps": 1}
 QUICK = {"max_steps": 4, "eval_steps": 4}

@@ -16,7 +16,8 @@ from snlp_zoo.errors import DataError, RecipeError
 from snlp_zoo.predict import predict
 from snlp_zoo.train.evaluation import evaluate, evaluate_through
 from snlp_zoo.train.loop import Trainer, make_accelerator
-from snlp_zoo.train.run import distill, evaluate_checkpoint
+from snlp_zoo.train.run import distill
+from snlp_zoo.train.saved import evaluate_checkpoint
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "v_threshold": 0.5, "hidden_dropout_prob": 0.0}
 CHARACTERS = {"kind": "characters"}

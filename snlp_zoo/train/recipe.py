@@ -285,6 +285,8 @@ def _set(content: dict[str, Any], override: str) -> None:
         names = [stage["name"] for stage in content["stages"]]
         if name not in names:
             raise registry.unknown("stage, in --set stages.<stage>.<key>=<value>,", name, names)
+        if not rest and not value.strip():
+            raise RecipeError(f"--set {path}= has no value; write --set {path}=null to leave the stage out")
         if not rest and parsed is not None:
             raise RecipeError(f"--set {path}: a stage has keys, as in --set {path}.train.epochs=1; null leaves it out")
         if not rest:

@@ -161,6 +161,11 @@ def test_a_stage_is_left_out(make_recipe):
     assert "'a'" in message(path, ["stages.a=null", "stages.a.train.epochs=1"])
 
 
+@pytest.mark.parametrize("empty", ["stages.a=", "stages.a= "])
+def test_an_empty_value_leaves_no_stage_out(make_recipe, empty):
+    assert "write --set stages.a=null to leave the stage out" in message(str(make_recipe(stages=STAGES)), [empty])
+
+
 def test_stages_survive_the_round_trip(write, make_recipe):
     recipe = load_recipe(
         str(make_recipe(stages=[STAGES[0] | {"data": {"label": None}, "objectives": {"hidden_mse": 1}}]))

@@ -5,7 +5,7 @@
     python tools/compare_recipes.py --report   # what is finished of those in --output-dir
 
 Each name stands for a zoo entry or recipe file and changes to it, as for `snlp-zoo train --set`; `--set` changes all,
-before these. @FILE holds one student a line; lines that are empty or begin with # are skipped.
+before these. @FILE holds one student a line; empty lines and comments, #, are skipped.
 Every run is a process of its own, --jobs at a time, on the GPU with the fewest of them, in a folder of its own under
 --output-dir; one that is finished there is not run again. One that fails does not end the others: the table is of those
 that finished, errors stand below it, and the exit code is 1. Seeds are those of the student; runs with the same teacher
@@ -53,10 +53,10 @@ class Job(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes @FILE with one argument a line, without empty lines and those that begin with #."""
+    """Takes @FILE with one argument a line, without empty lines and comments, which begin with #."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return [arg_line] if arg_line.strip() and not arg_line.startswith("#") else []
+        return [] if arg_line.strip()[:1] in ("", "#") else [arg_line]
 
 
 def student(text: str) -> tuple[str, str, list[str]]:
@@ -153,7 +153,8 @@ def report(folder: Path, names: list[str]) -> str:
         logs = sorted(path for path in folder.glob("*.log") if _student(path) == name)
         summaries = [log.with_suffix("") / "summary.json" for log in logs]
         found = [json.loads(path.read_text(encoding="utf-8")) for path in summaries if path.is_file()]
-        rows[name] = (columns(found) if found else {}) | {"runs": f"{len(found)} of {len(logs)}"}
+        runs = f"{len(found)} of {len(logs)}" if logs else "not started"
+        rows[name] = (columns(found) if found else {}) | {"runs": runs}
         unfinished = [log for log, summary in zip(logs, summaries, strict=True) if not summary.is_file()]
         errors += [f"{log.stem} is not finished: {_last_words(log)}" for log in unfinished]
     headings = [*dict.fromkeys(heading for row in rows.values() for heading in row if heading != "runs"), "runs"]

@@ -71,8 +71,13 @@ def test_runs_side_by_side_tune_one_teacher_and_a_failure_ends_no_other(
     assert lines["twin"].endswith("| 0 of 1 |")
 
 
+def test_students_that_never_started(tmp_path, compare):
+    *_, row = compare.report(tmp_path, ["late"]).splitlines()
+    assert row == "| late | not started |"
+
+
 def test_students_of_a_file(tmp_path, compare):
-    (tmp_path / "students.txt").write_text('# a = b\n\none = x k={"a":1}\n  \ntwo = y a.b=2  c=3\n')
+    (tmp_path / "students.txt").write_text('# a = b\n\n  # c = d\none = x k={"a":1}\n  \ntwo = y a.b=2  c=3\n')
     parser = compare.Parser(fromfile_prefix_chars="@")
     parser.add_argument("students", nargs="*", type=compare.student)
     got = parser.parse_args([f"@{tmp_path / 'students.txt'}", "three = z"]).students

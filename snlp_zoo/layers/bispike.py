@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from snlp_zoo.layers.neurons import ElasticBiSpike, make_neuron
+from snlp_zoo.layers.neurons import ElasticBiSpike, TernaryLIFNode, make_neuron
 from snlp_zoo.layers.quant import BitLinear
 from snlp_zoo.ops.backend import product_dtype
 from snlp_zoo.ops.bispike import ALPHA_FLOOR, elastic_bispike
@@ -25,6 +25,8 @@ class SpikingLinear(BitLinear):
         in_features, out_features, bias, bits, packed: as in `BitLinear`.
         neuron: "elastic" or one without an amplitude, "lif", "if" or "plif", see `make_neuron`.
         neuron_options: its arguments (of "elastic": time_steps, firing_k, beta, ...).
+    Raises:
+        ValueError: as in `BitLinear`, or a neuron that is unknown or "ternary".
     Source: Xing et al. 2024 (arXiv:2406.03287).
     """
 
@@ -40,6 +42,11 @@ class SpikingLinear(BitLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias, bits, packed)
         self.neuron = make_neuron(neuron, **neuron_options)
+        if isinstance(self.neuron, TernaryLIFNode):
+            raise ValueError(
+                "SpikingLinear: neuron is 'elastic', 'lif', 'if' or 'plif', got 'ternary', which has an amplitude of "
+                "another kind; put layers.TernaryLIFNode in front of a linear layer, layers.fold_amplitude absorbs it"
+            )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [T, B, N, in_features] real, mask [B, N] (1 for real tokens) -> [T, B, N, out_features]."""

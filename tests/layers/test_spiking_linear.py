@@ -68,6 +68,11 @@ def test_unknown_neuron_option():
         SpikingLinear(5, 3, firing=2.0)
 
 
+def test_ternary_neurons_are_refused():
+    with pytest.raises(ValueError, match=r"got 'ternary'.* put layers\.TernaryLIFNode in front of a linear layer"):
+        SpikingLinear(5, 3, neuron="ternary")
+
+
 @pytest.mark.parametrize(("bits", "packed"), [(32, False), (1.58, False), (1.58, True)])
 @pytest.mark.parametrize("trained", [True, False])
 def test_autocast_leaves_float64_as_torch_does(bits, packed, trained):

@@ -88,7 +88,9 @@ def verify(
             typer.echo(f"{mark:7}{product.layer}: {' x '.join(product.operands)}{source}")
         for where, what in found.failures.items():
             typer.echo(f"FAILS  {where}: {what}")
-        held = "every claim holds" if found.ok else f"{len(found.failures)} claims fail"
+        claims = claimed_fraction is not None or any(product.claimed or product.sources for product in found.products)
+        held = "every claim holds" if claims else "the model claims nothing of its products"
+        held = held if found.ok else f"{len(found.failures)} claims fail"
         share = percent(found.spike_driven_fraction, 2)
         typer.echo(f"{held}; spike-driven fraction {share} ({_what_ran(text, data)})")
     if not found.ok:

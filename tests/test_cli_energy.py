@@ -60,7 +60,10 @@ def test_energy_of_a_model_over_tokens_says_where_its_spikes_are_not(trained):
     found = json.loads(run("energy", "spikegpt_tiny", "--tokens", 2000, "--json"))  # no limit to a text's length
     assert (found["time_steps"], found["tokens"], found["spike_driven_fraction"]) == (1, 2000, 0.0)
     assert found["statement"] == f"{STATEMENT} {UNTOUCHED}"
-    assert "every claim holds; spike-driven fraction 0.00 %" in run("verify", "spikegpt_tiny", "--tokens", 9)
+    told = run("verify", "spikegpt_tiny", "--tokens", 9)
+    assert "the model claims nothing of its products; spike-driven fraction 0.00 %" in told
+    told = run("verify", "spikegpt_tiny", "--tokens", 9, "--claimed-fraction", 0)
+    assert "every claim holds; spike-driven fraction 0.00 %" in told
 
 
 def test_energy_of_converted_models(tmp_path, monkeypatch):

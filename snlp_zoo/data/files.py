@@ -42,6 +42,15 @@ def suffix(path: str | Path) -> str | None:
     return max((known for known in SUFFIXES if name.endswith(known)), key=len, default=None)
 
 
+def refuse_missing(source: str, setting: str) -> None:
+    """Raises DataError, which names the setting, for a source that is written as a local path where nothing is; any
+    other name may be one of the Hub.
+    """
+    if (suffix(source) or source.startswith(("/", ".", "~"))) and not Path(source).exists():
+        close = nearest(Path(source).name, neighbours(source))
+        raise DataError(f"{setting}: {source}: no such file or folder; check the path.{close}")
+
+
 def nearest(wanted: str, names: Iterable[str]) -> str:
     """' Nearest: a, b.' for the names that resemble the wanted one, '' where none does."""
     close = get_close_matches(wanted, list(names), n=3, cutoff=0.5)

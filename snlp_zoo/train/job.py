@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from snlp_zoo.data import TextSet, TextSplits, load_documents, load_splits, load_transfer, load_unlabelled
 from snlp_zoo.data.batches import Tokenised, loader, tokenise
+from snlp_zoo.data.files import refuse_missing
 from snlp_zoo.data.overlap import HeldOut, counted, without_rows
 from snlp_zoo.data.streams import CropBatches, Crops, Stream, crop_loader, make_stream
 from snlp_zoo.errors import DataError
@@ -118,11 +119,12 @@ class StageTexts(NamedTuple):
     overlap: dict[str, dict[str, Any]]
 
 
-def read_run_texts(recipes: Sequence[Recipe], finished: int) -> list[StageTexts | None]:
+def read_run_texts(recipes: Sequence[Recipe], stages: list[dict[str, Any]], finished: int) -> list[StageTexts | None]:
     """The texts of a run's stages; where data.overlap is "drop", no training text holds what a labelled stage is scored
     on.
 
     Args:
+        stages: as the run's recipe has them; none where `recipes` is that alone.
         finished: how many of the first stages are finished; they get None.
     Raises:
         DataError: they cannot be read, or every training text of a stage is held out.
@@ -130,15 +132,38 @@ def read_run_texts(recipes: Sequence[Recipe], finished: int) -> list[StageTexts 
     read: dict[str, TextSplits] = {}
     labelled = [recipe.head == "sequence-classification" for recipe in recipes]
     keys = [f"{recipe.head} {recipe.data.model_dump_json(exclude={'augment'})}" for recipe in recipes]
-    for number, (recipe, key) in enumerate(zip(recipes, keys, strict=True)):
-        if key not in read and (number >= finished or (labelled[number] and finished < len(recipes))):
-            read[key] = read_texts(recipe)
+    wanted = [n for n, own in enumerate(labelled) if n >= finished or (own and finished < len(recipes))]
+    settings = [_settings(*one) for one in zip(recipes, stages or [{}], strict=True)]
+    for number in wanted:  # before anything is fetched
+        for setting, sources in settings[number].items():
+            for source in sources:
+                refuse_missing(source, setting)
+    for number in wanted:
+        if keys[number] not in read:
+            try:
+                read[keys[number]] = read_texts(recipes[number])
+            except DataError as error:
+                if not stages:
+                    raise
+                changed_by = f"whose texts --set {' or '.join(settings[number])} changes"
+                raise DataError(f"stage {stages[number]['name']!r}, {changed_by}: {error}") from error
     tasks = {key for key, own in zip(keys, labelled, strict=True) if own}
     scored = [splits for key, splits in read.items() if key in tasks]
     held_out = HeldOut(split for splits in scored for split in (splits.validation, splits.test))
     recipe_of = dict(zip(keys, recipes, strict=True))
     checked = {key: _without_overlap(splits, held_out, recipe_of[key]) for key, splits in read.items()}
     return [checked[key] if number >= finished else None for number, key in enumerate(keys)]
+
+
+def _settings(recipe: Recipe, stage: dict[str, Any]) -> dict[str, list[str]]:
+    """What `--set` calls the sources of a stage's texts -> those sources; {} is a recipe without stages."""
+    own, found = stage.get("data") or {}, dict[str, list[str]]()
+    parts = (("data", recipe.data, own), ("data.transfer", recipe.data.transfer, own.get("transfer") or {}))
+    for key, part, given in parts:
+        if part:
+            place = f"stages.{stage['name']}.{key}" if "source" in given else key
+            found[f"{place}.source"] = [part.source] if isinstance(part.source, str) else part.source
+    return found
 
 
 def _without_overlap(splits: TextSplits, held_out: HeldOut, recipe: Recipe) -> StageTexts:

@@ -106,7 +106,7 @@ def _read_jobs(accelerator: "Accelerator", recipe: Recipe, folder: Path, resume:
     done = [resume and bool(recipe.stages) and (path / "summary.json").is_file() for path, _ in stages]
     finished = (*done, False).index(False)  # what lies in later stages' folders is from an earlier start
     with status(accelerator, "reading the texts"):
-        texts = read_run_texts([part for _, part in stages], finished)
+        texts = read_run_texts([part for _, part in stages], recipe.stages, finished)
     for number, ((path, part), read) in enumerate(zip(stages, texts, strict=True)):
         jobs[path] = _read_job(accelerator, part, path, resume and number == finished, read, jobs) if read else None
     accelerator.wait_for_everyone()  # no rank writes before all have looked

@@ -13,6 +13,7 @@ from snlp_zoo.errors import CheckpointError, DataError, RecipeError
 from snlp_zoo.train.loop import Trainer
 from snlp_zoo.train.recipe import load_recipe
 from snlp_zoo.train.run import distill
+from snlp_zoo.train.saved import evaluate_checkpoint
 
 STATES = {"hidden_mse": 1.0, "embedding_mse": 0.5}
 STAGES = [
@@ -129,7 +130,7 @@ def test_general_distillation_gives_an_encoder(finished):
     encoder = snlp_zoo.load(folder / "1_general")
     assert type(encoder).__name__ == "SpikeLMModel"
     with pytest.raises(CheckpointError, match=r"holds a SpikeLMModel, which has no classifier; train it on a task"):
-        snlp_zoo.train.run.evaluate_checkpoint(str(folder / "1_general"), "x.tsv")
+        evaluate_checkpoint(str(folder / "1_general"), "x.tsv")
 
 
 def test_each_stage_starts_from_the_one_before(staged, content, finished):
@@ -240,6 +241,26 @@ def test_a_lost_stage_is_done_again_with_all_after_it(finished, staged, tmp_path
         ({"model": {"init_from": "spikelm_mini_158_sst2"}}, RecipeError, "packed for inference"),
         ({"model": 3}, RecipeError, "stage 'last': model"),
         ({"data": {"source": "no/such.tsv"}}, DataError, "no/such.tsv"),
+        (
+            {"data": {"source": "./nowhere"}},
+            DataError,
+            r"^stages\.last\.data\.source: \./nowhere: no such file or folder",
+        ),
+        (
+            {"data": {"transfer": {"source": ["test.txt", "~/no"]}}},
+            DataError,
+            r"^stages\.last\.data\.transfer\.source: test\.txt: no such file",
+        ),
+        (
+            {"data": {"source": "nowhere"}},
+            DataError,
+            r"^stage 'last', whose texts --set stages\.last\.data\.source changes: 'nowhere' is no local file",
+        ),
+        (
+            {"data": {"text": "txet", "transfer": {"source": "tweets"}}},
+            DataError,
+            r"--set data\.source or stages\.last\.data\.transfer\.source changes: .*no column 'txet'",
+        ),
         ({"data": {"max_length": 65}}, RecipeError, "max_length 65.*64 positions"),
         (
             {"data": {"label": None}, "objectives": {"forward_kl": 1, "hidden_mse": 1}},
@@ -259,6 +280,17 @@ def test_a_mistake_in_any_stage_is_told_before_the_first_is_trained(content, sta
         staged(stages=[*content["stages"], {"name": "last"} | change])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_path_is_told_before_any_stage_fetches_its_texts(content, staged):
+    general = content["stages"][0] | {"data": {"label": None, "source": ["hub/name"]}}
+    missing = content["data"] | {"source": "/nowhere"}
+    with pytest.raises(DataError, match=r"^data\.source: /nowhere: no such file or folder; check the path\.$"):
+        staged(stages=[general, *content["stages"][1:]], data=missing)
+    with pytest.raises(
+        DataError, match=r"^stage 'general', whose texts --set stages\.general\.data\.source changes: 'hub"
+    ):
+        staged(stages=[general, *content["stages"][1:]])
 
 
 def test_a_teacher_without_scores_is_told_before_anything_is_trained(content, staged, tmp_path, monkeypatch):

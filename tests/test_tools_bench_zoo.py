@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from snlp_zoo.layers import SpikingLinear
 from snlp_zoo.layers.neurons import lif as neurons
 from snlp_zoo.ops import elastic_bispike, lif, wkv4
-from snlp_zoo.ops.counts import counts
+from snlp_zoo.ops.counts import Counts, counts
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -80,6 +81,21 @@ def test_a_loop_that_computes_something_else_is_not_timed(tool, monkeypatch, fam
     monkeypatch.setitem(shared.LOOPS, op, wrong(op))
     with pytest.raises(zoo.Disagreement, match=f"{family}: the loop's logits are off"):
         bench.check(family, model)
+
+
+@pytest.mark.parametrize(("shift", "right"), [(2e-4, True), (5e-3, False)])
+def test_a_converted_model_may_round_a_few_counts_otherwise(tool, monkeypatch, shift, right):
+    zoo, shared = tool
+    bench = zoo.Bench(replace(zoo.TINY, infer=((16, 32),)), "cpu")
+    model = bench.make("spiking_minilm")
+
+    def rounded(x, threshold_scale, *, dtype=None, **options):
+        threshold = counts(x, threshold_scale, **options).threshold
+        return Counts((x / threshold + shift).round().to(dtype or x.dtype), threshold)
+
+    monkeypatch.setitem(shared.LOOPS, counts, rounded)
+    with nullcontext() if right else pytest.raises(zoo.Disagreement, match="spiking_minilm: the loop's logits are off"):
+        assert bench.check("spiking_minilm", model) < 1e-5
 
 
 def test_low_bit_weights_are_compared(tool, monkeypatch):

@@ -6,6 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def metrics_of(label_names: list[str] | None) -> list[str]:
+    """What `score` gives for these classes, or for a regression (None)."""
+    if label_names is None:
+        return ["pearson", "spearman"]
+    return ["accuracy", "macro_f1", "matthews", *(["f1"] if len(label_names) == 2 else [])]
+
+
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Accuracy, macro F1 and Matthews correlation for classes (integer labels), of two classes also the F1 of class 1
     (MRPC's measure); Pearson and Spearman correlation for regression.
@@ -14,7 +21,8 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         logits: [examples, classes], or [examples, 1] for regression.
         labels: [examples].
     Returns:
-        Metric name -> value in [0, 1] (correlations in [-1, 1]); the first one chooses the best checkpoint.
+        Metric name -> value in [0, 1] (correlations in [-1, 1]); the first one chooses the best checkpoint, unless
+        `train.metric_for_best_model` names another.
     """
     if np.issubdtype(labels.dtype, np.floating):
         from scipy.stats import pearsonr, spearmanr

@@ -162,6 +162,8 @@ class TrainPart(Checked):
     save_steps: int | None = Field(None, ge=1)  # None: once per epoch
     keep_checkpoints: int = Field(2, ge=1)
     early_stopping_patience: int | None = Field(None, ge=1)  # evaluations without a better one
+    # of a classifier; None: accuracy, for a regression Pearson's correlation
+    metric_for_best_model: Literal["accuracy", "macro_f1", "matthews", "f1", "pearson", "spearman"] | None = None
     seed: int = 0
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets what metrics.jsonl gets
 

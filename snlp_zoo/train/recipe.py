@@ -114,6 +114,9 @@ class Recipe(Checked):
                 raise RecipeError("data.transfer: the teacher labels its texts, and there is none; leave it out")
         elif self.tokenizer:
             raise RecipeError("tokenizer: student and teacher read the same ids, those of the teacher's; leave it out")
+        if self.train.metric_for_best_model and self.head != "sequence-classification":
+            kind = "a language model" if self.task else "text without labels"
+            raise RecipeError(f"train.metric_for_best_model is for classifiers, not for {kind}; leave it out here")
         if self.task:
             self._fitting_language_model()
         self._fitting_splits()

@@ -18,6 +18,7 @@ from snlp_zoo.train.checkpoints import started_with
 from snlp_zoo.train.files import replace_file, replace_folder, write_json
 from snlp_zoo.train.job import Job, StageTexts, read_run_texts, read_tokens, status
 from snlp_zoo.train.loop import Progress, Trainer, Weights, make_accelerator
+from snlp_zoo.train.metrics import metrics_of
 from snlp_zoo.train.processes import loss_of_others_explained
 from snlp_zoo.train.recipe import Recipe, dump_recipe, load_recipe, stage_recipes
 from snlp_zoo.train.student import (
@@ -137,7 +138,7 @@ def _read_job(
             data = read_tokens(recipe, texts.splits, tokenizer)
         job = Job(accelerator, recipe, tokenizer, data, folder, resume, texts.held_out, texts.overlap)
     if job.labelled:
-        _check_objectives(recipe, job.data.label_names)
+        _check_labels(recipe, job.data.label_names)
     config = student_config(_with_start(recipe, before), job.tokenizer, job.data.label_names)
     check_layer_map(recipe, config.num_hidden_layers)
     if recipe.head == "causal-lm":
@@ -234,7 +235,11 @@ def _recipe_to_resume(recipe: Recipe, folder: Path, overrides: list[str] | None)
     return previous
 
 
-def _check_objectives(recipe: Recipe, label_names: list[str] | None) -> None:
+def _check_labels(recipe: Recipe, label_names: list[str] | None) -> None:
+    for part, key in ((recipe.train, "train"), (recipe.teacher and recipe.teacher.train, "teacher.train")):
+        metric, metrics = part and part.metric_for_best_model, metrics_of(label_names)
+        if metric and metric not in metrics:
+            raise RecipeError(f"{key}.metric_for_best_model: there is no {metric!r} here; use {' or '.join(metrics)}")
     divergences = [n for n in recipe.objectives if OBJECTIVES[n].unit == "logit" and n != "logit_mse"]
     if label_names is None and divergences:
         raise RecipeError(f"{divergences[0]} compares classes, and the labels are numbers; use logit_mse instead")

@@ -300,7 +300,7 @@ def test_the_student_starts_from_the_teacher_only_if_asked(run):
     assert not torch.allclose(tensors(fresh / "model")[f"spikelm.{name}"], theirs, atol=1e-3)
 
 
-def test_early_stopping(run, metrics, monkeypatch):
+def test_early_stopping(run, trained, metrics, monkeypatch):
     real, scores = snlp_zoo.train.loop.evaluate, iter([0.5, 0.9, 0.9, 0.8, 0.99])
 
     def evaluate(accelerator, model, batches, label):
@@ -311,6 +311,47 @@ def test_early_stopping(run, metrics, monkeypatch):
     assert [row["accuracy"] for row in metrics(folder) if "split" in row] == [0.5, 0.9, 0.9, 0.8]
     assert max(row["step"] for row in metrics(folder)) == 8
     assert summary["student_accuracy"] >= 0
+
+
+def test_another_metric_chooses_the_best_model(run, trained, metrics, monkeypatch):
+    real, scores = snlp_zoo.train.loop.evaluate, iter([(0.9, 0.1), (0.5, 0.4), (0.8, 0.3)])
+
+    def evaluate(accelerator, model, batches, label):
+        if label != "validate":
+            return real(accelerator, model, batches, label)
+        return dict(zip(("accuracy", "matthews"), next(scores), strict=True))
+
+    seen, save = [], snlp_zoo.train.loop.replace_folder
+    monkeypatch.setattr(snlp_zoo.train.loop, "evaluate", evaluate)
+    monkeypatch.setattr(snlp_zoo.train.loop, "replace_folder", lambda *a: (seen.append(len(seen)), save(*a)))
+    settings = {"eval_steps": 2, "metric_for_best_model": "matthews", "early_stopping_patience": 1}
+    folder, _ = run(train=settings)
+    assert [row["matthews"] for row in metrics(folder) if "split" in row] == [0.1, 0.4, 0.3]
+    assert len(seen) == 2  # saved at the first and the second, not at the third
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train": {"metric_for_best_model": "pearson"}},
+            "^train.metric_for_best_model: there is no 'pearson' here; use ",
+        ),
+        (
+            {"teacher": {"train": {"metric_for_best_model": "spearman"}}},
+            "^teacher.train.metric_for_best_model: .*accuracy",
+        ),
+        ({"train": {"metric_for_best_model": "bleu"}}, "train.metric_for_best_model"),
+        (
+            {"train": {"metric_for_best_model": "f1"}, "data": {"label": None}, "objectives": {"hidden_mse": 1.0}},
+            "for classifiers, not for text without labels",
+        ),
+    ],
+)
+def test_a_metric_that_there_is_not(run, tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        run(into=tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
 
 
 def test_regression(run, make_data, metrics):

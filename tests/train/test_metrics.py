@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from snlp_zoo.train.metrics import bag_of_words_baseline, score
+from snlp_zoo.train.metrics import bag_of_words_baseline, metrics_of, score
 
 
 def test_classes_by_hand():
@@ -41,6 +41,13 @@ def test_two_classes_by_hand():
     assert found["matthews"] == pytest.approx((3 * 2 - 1 * 1) / math.sqrt(4 * 4 * 3 * 3))
     assert "f1" not in score(np.eye(3)[predicted], np.array(labels))
     assert score(np.eye(2)[[1, 1]], np.array([0, 1]))["matthews"] == 0.0  # undefined: one class alone is predicted
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_metrics_of_a_task(classes):
+    logits = np.eye(6, classes) if classes > 1 else np.arange(6.0)[:, None]
+    labels = np.arange(6) % classes if classes > 1 else np.arange(6.0)
+    assert list(score(logits, labels)) == metrics_of(None if classes == 1 else ["x"] * classes)
 
 
 def test_one_class_alone_is_scored_without_a_warning():

@@ -41,7 +41,8 @@ NAMES = {  # a folder's or Hub data set's name in small letters and digits -> as
     "mr": "MR", "subj": "Subj", "chnsenticorphtl": "ChnSentiCorp", "waimai10k": "Waimai",
 }  # fmt: skip
 METRICS = {
-    "CoLA": ("matthews",), "MRPC": ("f1", "accuracy"), "STS-B": ("pearson", "spearman"), "tweets": ("accuracy", "macro_f1"),
+    "CoLA": ("matthews",), "MRPC": ("f1", "accuracy"), "STS-B": ("pearson", "spearman"),
+    "tweets": ("accuracy", "macro_f1"),
 }  # fmt: skip
 OTHERS = ("accuracy", "pearson", "bits_per_character", "perplexity")  # of other data sets, those that there are
 LEVELS = {"products": "matmul_only", "all_operations": "all_ops", "with_memory": "with_memory"}

@@ -303,7 +303,8 @@ class Trainer:
         self._write({"step": progress.step, "split": "validation", **scores, **more, **self._window()})
         if self.window not in (None, window_number(self.settings.window, self._share(self.total_steps - 1))):
             return  # what a wider window reaches, the model that is wanted does not
-        metric = scores[self.settings.metric_for_best_model or next(iter(scores))]
+        first = next(iter(scores))
+        metric = scores[self.settings.metric_for_best_model or first]
         if progress.best is None or metric > progress.best:
             progress.best, progress.best_step, progress.evaluations_since_best = metric, progress.step, 0
             weights = self.accelerator.get_state_dict(self.module)  # of all shards, on every rank's behalf

@@ -32,7 +32,7 @@ from snlp_zoo.layers import pack
 from snlp_zoo.models.checkpoint import read_json
 from snlp_zoo.pretrained import METRICS
 from snlp_zoo.train.files import replace_folder, write_json
-from snlp_zoo.train.recipe import Recipe, load_recipe, stage_recipes
+from snlp_zoo.train.recipe import stages_of
 from snlp_zoo.train.saved import evaluate_checkpoint
 
 CANDIDATES, SAMPLE, WORDS, PREFIX, CLEAR, FLOOR = 400, 200, 12, 4, 4, 0.1
@@ -194,12 +194,6 @@ def _listed(scores: dict[str, float]) -> str:
 
 def _summary(run: Path) -> dict[str, Any]:
     return read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
-
-
-def stages_of(run: Path) -> list[Recipe]:
-    """Recipes of the run's stages, the model's own last; none if the run kept no recipe."""
-    kept = run / "recipe.yaml"
-    return [recipe for _, recipe in stage_recipes(load_recipe(str(kept)), run)] if kept.is_file() else []
 
 
 def teacher_of(run: Path) -> str:

@@ -213,6 +213,12 @@ def stage_recipes(recipe: Recipe, folder: Path, where: str = "") -> list[tuple[P
     return found
 
 
+def stages_of(run: Path) -> list[Recipe]:
+    """Recipes of a finished run's stages, its model's own last; none if the folder keeps no recipe."""
+    kept = run / "recipe.yaml"
+    return [recipe for _, recipe in stage_recipes(load_recipe(str(kept)), run)] if kept.is_file() else []
+
+
 def _validated(where: str, content: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(content)

@@ -16,7 +16,7 @@ from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.train.evaluation import evaluate, evaluate_through
 from snlp_zoo.train.loop import make_accelerator
 from snlp_zoo.train.parts import DataPart
-from snlp_zoo.train.recipe import load_recipe, stage_recipes
+from snlp_zoo.train.recipe import stages_of
 
 logger = logging.getLogger(__name__)
 WINDOW = 1024  # tokens in which text is read where no state can be carried on
@@ -111,8 +111,8 @@ def _evaluate_language_model(
 
 def _data_of(folder: Path) -> DataPart | None:
     """What the model in this folder was trained on last; None where it is not that of a run."""
-    kept = folder.parent / "recipe.yaml"
-    return stage_recipes(load_recipe(str(kept)), folder.parent)[-1][1].data if kept.is_file() else None
+    stages = stages_of(folder.parent)
+    return stages[-1].data if stages else None
 
 
 def _own_splits(part: DataPart | None, data: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Write snlp_zoo/energy/claims.md: published energy claims beside what our trained models give.
 
-    python tools/claims_ledger.py [RUN_FOLDER=DATA_FILE ...] [--limit 16]
+    python tools/claims_ledger.py RUN=DATA_FILE [RUN=DATA_FILE ...] [--limit 16]
 
-DATA_FILE has a column `text`. Without runs the page holds what each claim needs, and no figures of ours.
+RUN is a run's folder or an entry that travels with the package, DATA_FILE has a column `text`. The page is written anew:
+what is not named is no longer on it.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def page(found: dict[str, list[Found]]) -> str:
         "A published ratio counts matrix products only: 4.6 pJ for a multiply-accumulate, 0.9 pJ for an accumulate, T "
         "steps at a mean firing rate. From that follows the rate it needs. Our models are smaller and learned other "
         "data; what can be compared is their rate, and in brackets the ratio it gives under the paper's own counting. "
-        "`python tools/claims_ledger.py` writes this page.\n\n"
+        "`python tools/claims_ledger.py RUN=TEXTS ...` writes this page.\n\n"
         "SpikeGPT's claims of fewer operations multiply the firing rates of its blocks' outputs onto products that see "
         "none of these spikes. In the published wiring every product takes real numbers, so no rate makes them "
         "true.\n\n" + ledger(found) + "\n"
@@ -58,9 +59,11 @@ def page(found: dict[str, list[Found]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="RUN_FOLDER=DATA_FILE")
+    parser.add_argument("runs", nargs="+", help="RUN=DATA_FILE")
     parser.add_argument("--limit", type=int, default=16)
     options = parser.parse_args()
+    if wrong := next((given for given in options.runs if "=" not in given), None):
+        parser.error(f"{wrong!r}: want RUN=DATA_FILE")
     torch.manual_seed(0)
     found: dict[str, list[Found]] = {}
     for given in options.runs:

@@ -3,7 +3,7 @@
     python tools/ledger.py collect runs/compare/* --output ledger.json   # on the machine that trained
     python tools/ledger.py write ledger.json                             # zoo_configs/*.yaml, README.md, the claims
 
-`collect` makes one record per entry, data set and metric, of runs that differ in their seed alone. Energy is estimated
+`collect` makes one record per entry, data set and metric, of runs that differ in their seed or in nothing. Energy is estimated
 as `snlp-zoo energy` does it, over the first texts of the reported split, with the model of the first seed.
 """
 
@@ -170,9 +170,11 @@ def collect(folders: list[Path], number: int = 16) -> list[dict[str, Any]]:
     """Records of all finished runs in these folders.
 
     Raises:
-        SystemExit: runs of one entry and data set differ in more than their seeds, or have the same seed.
+        SystemExit: runs of one entry and data set differ in more than their seeds, or a folder is named twice.
     """
     groups: dict[tuple[str, str], list[tuple[int, Path, Recipe]]] = {}
+    if twice := {folder for folder in folders if [one.resolve() for one in folders].count(folder.resolve()) > 1}:
+        raise SystemExit(f"{', '.join(sorted(map(str, twice)))}: named more than once; a run counts once")
     for folder in folders:
         if not (folder / "summary.json").is_file():
             print(f"{folder}: left out, for it holds no finished run", file=sys.stderr)
@@ -184,9 +186,6 @@ def collect(folders: list[Path], number: int = 16) -> list[dict[str, Any]]:
     for (entry, dataset), runs in sorted(groups.items()):
         runs.sort(key=lambda run: run[0])
         first = settings(runs[0][2])
-        for (seed, folder, _), (next_seed, next_folder, _) in pairwise(runs):
-            if seed == next_seed:
-                raise SystemExit(f"{entry}: {folder} and {next_folder} both have seed {seed}; collect one of them")
         for _, folder, recipe in runs[1:]:
             different = [key for key, _ in differences(first, settings(recipe))]
             if different:

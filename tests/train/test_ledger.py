@@ -137,9 +137,14 @@ def test_energy_of_pairs_knows_which_text_is_the_second(ledger, trained, tmp_pat
     assert batch["token_type_ids"].sum(1).tolist() == [3, 2]  # its words and the separator after them
 
 
-def test_a_seed_counts_once(ledger, trained):
-    with pytest.raises(SystemExit, match="both have seed 0; collect one of them"):
-        ledger.collect([trained.folder, trained.folder])
+def test_a_run_counts_once_and_two_of_one_seed_twice(ledger, trained, run, monkeypatch):
+    monkeypatch.chdir(trained.folder.parent)
+    with pytest.raises(SystemExit, match=f"{trained.folder}.*named more than once"):
+        ledger.collect([trained.folder, Path(trained.folder.name)])
+    again, _ = run()
+    (record,) = ledger.collect([trained.folder, again], number=2)
+    assert record["seeds"] == [0, 0]
+    assert record["deviation"] == 0  # on a CPU a seed gives the same numbers
 
 
 def test_written_results_replace_their_like_and_leave_the_rest(ledger, zoo):

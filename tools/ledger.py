@@ -3,8 +3,8 @@
     python tools/ledger.py collect runs/compare/* --output ledger.json   # on the machine that trained
     python tools/ledger.py write ledger.json                             # zoo_configs/*.yaml, README.md, the claims
 
-`collect` makes one record per entry, data set and metric, of runs that differ in their seed or in nothing. Energy is estimated
-as `snlp-zoo energy` does it, over the first texts of the reported split, with the model of the first seed.
+`collect` makes one record per entry, data set and metric, of runs that differ in their seed or in nothing. Energy is
+estimated as `snlp-zoo energy` does it, over the first texts of the reported split, with the model of the first seed.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -173,8 +174,9 @@ def collect(folders: list[Path], number: int = 16) -> list[dict[str, Any]]:
         SystemExit: runs of one entry and data set differ in more than their seeds, or a folder is named twice.
     """
     groups: dict[tuple[str, str], list[tuple[int, Path, Recipe]]] = {}
-    if twice := {folder for folder in folders if [one.resolve() for one in folders].count(folder.resolve()) > 1}:
-        raise SystemExit(f"{', '.join(sorted(map(str, twice)))}: named more than once; a run counts once")
+    counted = Counter(folder.resolve() for folder in folders)
+    if twice := [str(folder) for folder, times in counted.items() if times > 1]:
+        raise SystemExit(f"{', '.join(twice)}: named more than once; a run counts once")
     for folder in folders:
         if not (folder / "summary.json").is_file():
             print(f"{folder}: left out, for it holds no finished run", file=sys.stderr)

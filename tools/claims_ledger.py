@@ -2,8 +2,8 @@
 
     python tools/claims_ledger.py RUN=DATA_FILE [RUN=DATA_FILE ...] [--limit 16]
 
-RUN is a run's folder or an entry that travels with the package, DATA_FILE has a column `text`. The page is written anew:
-what is not named is no longer on it.
+RUN is a run's folder or an entry that travels with the package, DATA_FILE has a column `text`. The page is written
+anew: what is not named is no longer on it.
 """
 
 import argparse

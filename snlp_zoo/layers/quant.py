@@ -154,6 +154,10 @@ class Int8Embedding(nn.Module):
         made.weight_scale = scale.to(table.dtype)
         return made
 
+    @property
+    def num_embeddings(self) -> int:
+        return len(self.weight_int8)
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., width]."""
         return self.weight_int8[ids] * self.weight_scale[ids]

@@ -79,6 +79,35 @@ class SpikingPreTrainedModel(PreTrainedModel):
         """As what `layers.pack` can keep embedding tables; None: not at all, as a head shares them."""
         return Int8Embedding if self.get_output_embeddings() is None else None
 
+    def read(self, ids: Tensor | None, embeds: Tensor | None, look: bool) -> Tensor:
+        """The one of input_ids [B, N] and inputs_embeds [B, N, D] that was given.
+
+        Args:
+            look: compare ids with the vocabulary; on a GPU this waits for the device.
+        Raises:
+            ValueError: both, none, other axes, no tokens, or an id out of range.
+        """
+        name = type(self).__name__
+        if (ids is None) == (embeds is None):
+            raise ValueError(f"{name}: pass exactly one of input_ids and inputs_embeds")
+        given: Any = embeds if ids is None else ids
+        if given.ndim != (3 if ids is None else 2):
+            raise ValueError(f"{name}: input_ids are [B, N], inputs_embeds [B, N, D]; got shape {tuple(given.shape)}")
+        if 0 in given.shape[:2]:
+            raise ValueError(
+                f"{name}: there are no tokens to read, the input's shape is {tuple(given.shape)}; give at least one "
+                "(after a cache: those it has not read, or all of them with a mask as long)"
+            )
+        if ids is not None and look:
+            table: Any = self.get_input_embeddings()
+            (low, high), size = (int(x) for x in ids.aminmax()), table.num_embeddings
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"{name}: token id {low if low < 0 else high} is not in the vocabulary of {size}; "
+                    "use the model's own tokenizer"
+                )
+        return given
+
     @classmethod
     def from_pretrained(
         cls,

@@ -166,25 +166,9 @@ class SpikingDecoder(SpikingDecoderPreTrainedModel):
         )
 
     def _embed(self, ids: Tensor | None, embeds: Tensor | None, past: SpikingCache | None) -> Tensor:
-        name = type(self).__name__
-        if (ids is None) == (embeds is None):
-            raise ValueError(f"{name}: pass exactly one of input_ids and inputs_embeds")
-        given: Any = embeds if ids is None else ids
-        if 0 in given.shape[:2]:
-            raise ValueError(
-                f"{name}: there are no tokens to read, the input's shape is {tuple(given.shape)}; give at least one "
-                "(after a cache: those it has not read, or all of them with a mask as long)"
-            )
-        if ids is None:
-            return given
-        if not captured(ids) and (ids.device.type == "cpu" or not (self.training or past)):
-            (low, high), size = (int(x) for x in ids.aminmax()), self.embeddings.num_embeddings
-            if low < 0 or high >= size:
-                raise ValueError(
-                    f"{name}: token id {low if low < 0 else high} is not in the vocabulary of {size}; "
-                    "use the model's own tokenizer"
-                )
-        return self.embeddings(ids)
+        look = ids is not None and not captured(ids) and (ids.device.type == "cpu" or not (self.training or past))
+        given = self.read(ids, embeds, look)
+        return given if ids is None else self.embeddings(ids)
 
     def _mask(self, mask: Tensor | None, x: Tensor, past: SpikingCache | None) -> Tensor | None:
         """attention_mask of the tokens in x alone, [B, N]."""

@@ -123,12 +123,12 @@ class SpikingEncoder(SpikingEncoderPreTrainedModel):
         inputs_embeds: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Embeddings [B, N, D] and the mask [B, N]. Positions count real tokens, so left padding changes nothing."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"{type(self).__name__}: pass exactly one of input_ids and inputs_embeds")
-        given = input_ids if input_ids is not None else inputs_embeds
-        shape = given.shape[:2]  # type: ignore[union-attr]
+        look = input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        given = self.read(input_ids, inputs_embeds, look)
+        shape = given.shape[:2]
         if attention_mask is None:
-            attention_mask = torch.ones(shape, dtype=torch.long, device=given.device)  # type: ignore[union-attr]
+            attention_mask = torch.ones(shape, dtype=torch.long, device=given.device)
+        attention_mask = attention_mask.long()  # of bools no first token could be found
         if attention_mask.shape != shape:
             raise ValueError(f"attention_mask must be [B, N] = {tuple(shape)}, got {tuple(attention_mask.shape)}")
         if shape[1] > self.config.max_position_embeddings:
@@ -137,7 +137,7 @@ class SpikingEncoder(SpikingEncoderPreTrainedModel):
                 "tokenise with truncation=True"
             )
         if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+            position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)

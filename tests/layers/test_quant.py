@@ -200,6 +200,8 @@ def test_int8_embeddings(tmp_path):
     loaded = snlp_zoo.load(tmp_path)
     assert isinstance(loaded.get_input_embeddings(), Int8Embedding)
     assert torch.equal(result(loaded), result(model))
+    with pytest.raises(ValueError, match=f"token id -1 is not in the vocabulary of {len(table)}"):
+        loaded(torch.tensor([[3, -1]]))
     half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.get_input_embeddings()(IDS).dtype == torch.bfloat16
     assert result(half).isfinite().all()

@@ -225,6 +225,15 @@ def test_missing_mask_means_no_padding(entry, task):
     assert torch.equal(result(model, {"input_ids": batch["input_ids"]}), result(model, batch))
 
 
+@every_task
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_a_mask_of_another_dtype_means_the_same(entry, task, dtype):
+    model = make(entry, task)
+    batch = make_batch(model)
+    expected = result(model, batch)
+    assert torch.equal(result(model, batch | {"attention_mask": batch["attention_mask"].to(dtype)}), expected)
+
+
 @every_entry
 def test_embeddings_in_place_of_ids(entry):
     model = make(entry)
@@ -252,6 +261,13 @@ def test_input_errors_say_what_to_do(entry):
     model, ids = make(entry), torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"attention_mask must be \[B, N\] = \(1, 4\), got \(1, 3\)"):
         model(ids, attention_mask=ids[:, :3])
+    with pytest.raises(ValueError, match=r"input_ids are \[B, N\], inputs_embeds \[B, N, D\]; got shape \(4,\)"):
+        model(ids[0])
+    with pytest.raises(ValueError, match=r"there are no tokens to read, the input's shape is \(1, 0\)"):
+        model(ids[:, :0])
+    for wrong in (-1, model.config.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {wrong} is not in the vocabulary of {model.config.vocab_size}"):
+            model(ids * wrong)
 
 
 @every_task

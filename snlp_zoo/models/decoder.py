@@ -254,9 +254,14 @@ class ForCausalLM(SpikingDecoderHead, GenerationMixin):
         """As `SpikingDecoder.forward`; logits [B, N, V].
 
         Args:
-            labels: [B, N], the ids themselves: logits of a token are compared with the next label; -100 counts nothing.
-            logits_to_keep: compute logits of that many last tokens only; 0: of all.
+            labels: [B, N], the ids themselves: logits of a real token are compared with the next label; -100 counts
+                nothing.
+            logits_to_keep: compute logits of that many last tokens only; 0: of all, which labels need.
+        Raises:
+            ValueError: logits_to_keep is negative, or given with labels.
         """
+        if logits_to_keep < 0 or (logits_to_keep and labels is not None):
+            raise ValueError(f"logits_to_keep must be at least 0, and 0 with labels, got {logits_to_keep}")
         decoded = self.base_model(
             input_ids,
             attention_mask,
@@ -270,6 +275,9 @@ class ForCausalLM(SpikingDecoderHead, GenerationMixin):
         logits = self.lm_head(decoded.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
+            if attention_mask is not None:  # outputs of padding mean nothing: they predict no token
+                before = nn.functional.pad(attention_mask[:, -labels.shape[1] :], (1, -1))
+                labels = labels.masked_fill(before == 0, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         return self.head_output(decoded, logits, loss)
 

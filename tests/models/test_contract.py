@@ -569,6 +569,28 @@ def test_padding_freezes_the_state(entry, side):
 
 
 @every_causal
+def test_padding_predicts_nothing(entry):
+    model = make(entry, "causal-lm").double()
+    ids = make_batch(model, padding=())["input_ids"]
+    padding = torch.full((B, 4), 7)
+    for sides in ([padding, ids], [ids, padding], [padding, ids, padding]):
+        padded = torch.cat(sides, 1)
+        mask = torch.cat([torch.full_like(part, part is ids) for part in sides], 1)
+        loss = model(padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100)).loss
+        torch.testing.assert_close(loss, model(ids, labels=ids).loss)
+
+
+@every_causal
+def test_logits_of_the_last_tokens(entry):
+    model = make(entry, "causal-lm")
+    ids = make_batch(model, padding=())["input_ids"]
+    close(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:])
+    for options in ({"logits_to_keep": -1}, {"logits_to_keep": 2, "labels": ids}):
+        with pytest.raises(ValueError, match="logits_to_keep must be at least 0, and 0 with labels, got"):
+            model(ids, **options)
+
+
+@every_causal
 def test_no_state_outlives_a_training_forward(entry):
     model = make(entry, "causal-lm").train()
     batch = make_batch(model)

@@ -286,6 +286,21 @@ def test_silent_first_batch_keeps_everything_finite(scale):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_is_silent_at_first_can_be_heard_later(mode):
+    node = ElasticBiSpike(T, alpha_mode=mode)
+    x, _ = batch()
+    node(x.masked_fill(torch.arange(T).view(T, 1, 1, 1) == 0, 0), from_rest=True)
+    assert node.alpha[0] == 1
+    node.zero_grad()
+    x.requires_grad_()
+    spikes = node(x, from_rest=True)
+    spikes.sum().backward()
+    assert spikes[0].abs().max() == 1
+    assert x.grad[0].any()
+    assert mode != "learned" or node.alpha.grad[0] != 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -128,14 +128,18 @@ class ElasticBiSpike(ExplicitState, neuron.BaseNode):
     def _initialize(
         self, current: Tensor, v: Tensor | None, index: list[int], mask: Tensor | None, options: dict
     ) -> None:
-        """Set alpha[t] = firing_k mean|m[t]| one step after another: each amplitude shapes the next membrane."""
+        """Set alpha[t] = firing_k mean|m[t]| one step after another: each amplitude shapes the next membrane.
+
+        A step whose membranes are all 0 keeps its amplitude: one of 0 would never be learned, nor pass a gradient on.
+        """
         for t, x in zip(index, current, strict=True):
             # any amplitude measures the same m; only the carried membrane needs the right one
             _, total = elastic_bispike_measured(x.unsqueeze(0), v, torch.ones_like(self.alpha[:1]), mask, **options)
             sums = torch.cat([total, _count(mask, current.shape[1:], total).view(1)])
             if dist.is_initialized():
                 dist.all_reduce(sums)
-            self.alpha[t] = self.firing_k * sums[0] / sums[1].clamp_min(1)
+            size = self.firing_k * sums[0] / sums[1].clamp_min(1)
+            self.alpha[t] = torch.where(size > 0, size.to(self.alpha), self.alpha[t])
             _, v = elastic_bispike(x.unsqueeze(0), v, self.alpha[t : t + 1], **options)
         if index[-1] == self.time_steps - 1:
             self.initialized.fill_(True)

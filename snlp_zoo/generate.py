@@ -49,7 +49,7 @@ def generate(
         prompt, text (what was added), tokens (how many), seconds.
     Raises:
         CheckpointError: no such model, it is damaged, or it writes no text.
-        DataError: a prompt without tokens, or an option out of bounds.
+        DataError: a prompt without tokens, more tokens than the model has positions, or an option out of bounds.
     """
     if not isinstance(prompt, str):
         raise DataError(f"generate: the prompt is one text, got a {type(prompt).__name__}; call it for each text")
@@ -68,9 +68,9 @@ def generate(
     with torch.random.fork_rng(enabled=seed is not None):  # the caller's generator goes on as it would have
         if seed is not None:
             torch.manual_seed(seed)
-        written = model.generate(
+        written = _written(
+            model,
             ids,
-            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=heat > 0,
             num_beams=num_beams,
@@ -78,10 +78,22 @@ def generate(
             eos_token_id=end,
             pad_token_id=padding,
             **drawing,
-        )[0, ids.shape[1] :]
+        )
     seconds = time.perf_counter() - start
     text = tokenizer.decode(written, skip_special_tokens=True)
     return {"prompt": prompt, "text": text, "tokens": len(written), "seconds": seconds}
+
+
+def _written(model: Any, ids: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
+    """The new tokens after those of a prompt, ids [1, N]; options of transformers' `generate`."""
+    mask = torch.ones_like(ids)
+    try:
+        return model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options)[0, ids.shape[1] :]
+    except IndexError as error:  # its ids are known to fit: what ran out is a table of positions
+        raise DataError(
+            f"generate: the prompt's {ids.shape[1]} tokens and {max_new_tokens} more do not fit into the "
+            f"{model.config.max_position_embeddings} positions of this model; take fewer of either"
+        ) from error
 
 
 def _check(max_new_tokens: int, temperature: float | None, top_p: float, num_beams: int, stream: Any) -> None:

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from snlp_zoo import cli, registry
+from snlp_zoo.convert import to_spiking
 from snlp_zoo.errors import DataError
 from snlp_zoo.generate import generate
 
@@ -109,6 +110,15 @@ def test_a_tokenizer_of_another_model(folder, run):
     code, _, err = run(folder, "zebra")
     assert code == 2
     assert "its tokenizer gives token 25, its model knows 9" in err
+
+
+def test_more_tokens_than_positions(folder, run):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=28, n_embd=16, n_layer=1, n_head=2, n_positions=8, eos_token_id=None))
+    to_spiking(model).save_pretrained(folder)
+    assert generate(folder, "zebra", max_new_tokens=4)["tokens"] == 4  # the last is not read
+    code, _, err = run(folder, "zebra", "--max-new-tokens", 5)
+    assert code == 2
+    assert "the prompt's 5 tokens and 5 more do not fit into the 8 positions" in err
 
 
 def test_the_function_returns_what_the_command_prints(folder):

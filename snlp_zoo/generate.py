@@ -9,8 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from snlp_zoo import hub, registry
+from snlp_zoo.data.text import refuse_half_pairs
 from snlp_zoo.errors import CheckpointError, DataError
 from snlp_zoo.models.converted import is_converted
+
+_COLDEST = 1e-6  # a temperature below it takes the likeliest token anyway, and logits overflow
 
 
 class _Pieces(TextStreamer):
@@ -53,14 +56,14 @@ def generate(
     """
     if not isinstance(prompt, str):
         raise DataError(f"generate: the prompt is one text, got a {type(prompt).__name__}; call it for each text")
-    _check(max_new_tokens, temperature, top_p, num_beams, stream)
+    _check(max_new_tokens, temperature, top_p, num_beams, seed, stream)
     folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
     model: Any = registry.load(folder)
     if registry.task_of(model) != "causal-lm":
         raise CheckpointError(f"{folder} holds a {type(model).__name__}, which writes no text; use one for causal-lm")
     tokenizer = registry.load_tokenizer(folder)
     ids = _prompt_ids(tokenizer, prompt, model, folder)
-    heat = (0.0 if num_beams > 1 else 1.0) if temperature is None else temperature
+    heat = float(num_beams == 1) if temperature is None else temperature * (temperature > _COLDEST)
     drawing = {"temperature": float(heat), "top_p": float(top_p), "top_k": 0} if heat else {}
     end = tokenizer.eos_token_id
     padding = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
@@ -96,7 +99,9 @@ def _written(model: Any, ids: torch.Tensor, max_new_tokens: int, **options: Any)
         ) from error
 
 
-def _check(max_new_tokens: int, temperature: float | None, top_p: float, num_beams: int, stream: Any) -> None:
+def _check(
+    max_new_tokens: int, temperature: float | None, top_p: float, num_beams: int, seed: int | None, stream: Any
+) -> None:
     if stream is not None and num_beams > 1:
         raise DataError(
             f"generate: beams are chosen at the end and cannot be streamed; num_beams is {num_beams}, use 1"
@@ -106,10 +111,13 @@ def _check(max_new_tokens: int, temperature: float | None, top_p: float, num_bea
             "generate: max_new_tokens and num_beams must be at least 1, top_p above 0 and at most 1, temperature not "
             f"negative; got {max_new_tokens}, {num_beams}, {top_p} and {temperature}"
         )
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise DataError(f"generate: seed {seed} is no number of 64 bits; use a smaller one")
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, model: Any, folder: Path) -> torch.Tensor:
     """[1, N]"""
+    refuse_half_pairs(prompt, "generate: the prompt")
     special, vocab_size = is_converted(model), model.config.vocab_size  # as in training, ours and others'
     ids = tokenizer(prompt, add_special_tokens=special, return_tensors="pt")["input_ids"].long()
     if not ids.numel():

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from snlp_zoo import hub, registry
 from snlp_zoo.data.batches import longest, model_inputs
+from snlp_zoo.data.text import refuse_half_pairs
 from snlp_zoo.errors import DataError
 from snlp_zoo.layers.spike_statistics import SpikeCounts, spikes_counted
 from snlp_zoo.models.converted import is_converted
@@ -31,11 +32,12 @@ def predict(
         layers that have a spike), truncated (whether the text was cut).
     Raises:
         CheckpointError: no such model, or it is damaged.
-        DataError: an empty text.
+        DataError: a text that is empty, or no Unicode.
     """
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             raise DataError(f"text {number} of {len(texts)} is empty; give it at least one word")
+        refuse_half_pairs(text, f"text {number} of {len(texts)}")
     folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
     model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)

@@ -59,6 +59,11 @@ def test_the_likeliest_text(folder, run, stream):
     assert out == greedy(folder, "once upon", max_new_tokens=12) + "\n"
 
 
+def test_the_coldest_temperature_takes_the_likeliest(folder, run):
+    code, out, _ = run(folder, "once", "--max-new-tokens", 8, "--temperature", 1e-45)
+    assert (code, out) == (0, greedy(folder, "once", max_new_tokens=8) + "\n")
+
+
 def test_beams(folder, run):
     code, out, _ = run(folder, "once", "--max-new-tokens", 8, "--num-beams", 3)
     assert code == 0
@@ -86,6 +91,8 @@ def test_draws_follow_the_seed(folder, run):
         (["a", "--top-p", 0], "top_p above 0"),
         (["a", "--temperature", -1], "temperature not negative"),
         (["a", "--max-new-tokens", 0], "at least 1"),
+        (["a", "--seed", 2**64], "no number of 64 bits"),
+        (["\udcff", "--max-new-tokens", 3], "the prompt has half of a surrogate pair, or is not UTF-8"),
     ],
 )
 def test_mistakes_are_one_sentence(folder, run, arguments, expected):

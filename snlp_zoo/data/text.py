@@ -176,7 +176,10 @@ def read_splits(
 
 def _tweets(label_names: list[str] | None) -> tuple[dict[str, TextSet], list[str]]:
     if label_names not in (None, list(demo.LABELS)):
-        raise DataError(f"tweets: label_names are {list(demo.LABELS)}, got {label_names}; leave label_names out")
+        raise DataError(
+            f"tweets: label_names are {list(demo.LABELS)}, got {label_names}; leave label_names out, or name a model "
+            "of these classes"
+        )
     sets = {}
     for split in demo.SPLITS:
         tweets = [tweet for tweet in demo.load_tweets() if tweet.split == split]
@@ -267,10 +270,6 @@ def text_set(table: Table, columns: Columns, code: LabelCode | None = None) -> T
     for row, text in enumerate(texts):
         if not (text.strip() or columns.blanks):
             raise DataError(f"{table.where(row)}: the text in column {columns.text!r} is empty; remove the row")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{table.where(row)}: the text has half of a surrogate pair ({error}); mend it") from error
     if columns.blanks:
         return TextSet([text for text in texts if text.strip()])
     return TextSet(
@@ -297,7 +296,18 @@ def _strings(table: Table, name: str) -> list[str]:
     for row, value in enumerate(values):
         if not isinstance(value, str):
             raise DataError(f"{table.where(row)}: column {name!r} holds {value!r}; text must be a string")
+        refuse_half_pairs(value, f"{table.where(row)}: the text")
     return values
+
+
+def refuse_half_pairs(text: str, what: str) -> None:
+    """Raises DataError for half of a surrogate pair, which JSON can hold and no tokenizer takes. In an argument of the
+    command line every byte that is no UTF-8 is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} has half of a surrogate pair, or is not UTF-8 ({error}); mend it") from error
 
 
 def _labels(table: Table, name: str, code: LabelCode) -> list[Any]:

@@ -164,6 +164,7 @@ def test_errors_name_place_value_and_remedy(tmp_path, rows, options, message):
     [
         ([{"text": "a", "label": 0}, {"text": "b"}], r"data\.jsonl, line 2: no value in column 'label'"),
         ([{"text": "a", "label": 0}, {"text": 7, "label": 0}], r"line 2: column 'text' holds 7; text must be a string"),
+        ([{"text": "a", "label": 0}, {"text": "\ud83d", "label": 0}], "line 2: the text has half of a surrogate pair"),
     ],
 )
 def test_json_values(tmp_path, rows, message):
@@ -244,3 +245,10 @@ def test_importing_the_package_loads_no_heavy_library():
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_splits(str(tmp_path / "data.tsv"))
+
+
+def test_second_texts_are_checked_like_the_first(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"text": "a", "second": "\ud83d", "label": 0}))
+    with pytest.raises(DataError, match="line 1: the text has half of a surrogate pair"):
+        read_set(path, text_pair="second")

@@ -50,11 +50,12 @@ def energy(
     from snlp_zoo.energy.measured import measure
 
     model, batch, _ = _model_and_batch(path_or_entry, text, data, column, limit, tokens)
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)  # before the work
     joules = measure(model.to(_gpu()), batch) if measured else None  # type: ignore[arg-type]
     report = estimate(model.to("cpu"), batch, costs=costs, memory=memory)  # type: ignore[arg-type]
     report = replace(report, measured=joules, data=_what_ran(text, data))
     if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "energy.json").write_text(report.to_json() + "\n", encoding="utf-8")
         (output_dir / "energy.md").write_text(report.to_markdown() + "\n", encoding="utf-8")
     typer.echo(json.dumps(report.to_dict()) if json_ else report.to_markdown())
@@ -120,14 +121,17 @@ def pareto(
     from snlp_zoo.pareto import pareto as run
 
     if output is not None:
-        figures.check_ending(output)  # before hours of work
+        figures.check_ending(output)
     folder = hub.find_checkpoint(path_or_entry)
     model, tokenizer = registry.load_classifier(folder), registry.load_tokenizer(folder)
-    texts = read_set(data, text=text, label=label, label_names=model.config.label_names).subset(limit, seed=0)
+    kind: dict[str, Any] = {"label_names": model.config.label_names, "regression": model.config.num_labels == 1}
+    texts = read_set(data, text=text, label=label, **kind).subset(limit, seed=0)
     options: dict[str, Any] = {
-        "time_steps": [int(x) for x in _numbers("--time-steps", time_steps)],
-        "thresholds": _numbers("--thresholds", thresholds),
+        "time_steps": _numbers("--time-steps", time_steps, int),
+        "thresholds": _numbers("--thresholds", thresholds, float),
     }
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)  # before hours of work
     rows = []
     for row in run(model, tokenizer, texts, costs=costs, memory=memory, **options):
         rows.append(row)
@@ -155,13 +159,15 @@ def plots(
     from snlp_zoo.energy.costs import lookup
     from snlp_zoo.energy.record import record
 
+    figures.check_ending(Path(f"figure.{format_}"))
     model, batch, tokenizer = _model_and_batch(path_or_entry, text, None, "text", 1, tokens)
+    output_dir.mkdir(parents=True, exist_ok=True)
     batch = {key: value[:1] for key, value in batch.items()}
     recorded = record(model, batch)
     site = site or next((name for name, found in recorded.items() if found.spikes.any()), next(iter(recorded)))
     chosen = lookup("site", site, recorded)
     ids = batch["input_ids"][0][batch["attention_mask"][0] != 0].tolist()
-    labels = tokenizer.convert_ids_to_tokens(ids) if tokenizer is not None else [str(i) for i in ids]
+    labels = [str(i) for i in ids] if tokenizer is None else figures.token_labels(tokenizer, ids)
     made = {
         "raster": figures.spike_raster(chosen, labels, site),
         "rates": figures.firing_rates({name: (found.spikes != 0).float().mean() for name, found in recorded.items()}),
@@ -186,11 +192,12 @@ def _gpu() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _numbers(option: str, given: str) -> list[float]:
+def _numbers(option: str, given: str, kind: type) -> list[Any]:
     try:
-        return [float(part) for part in given.split(",")]
+        return [kind(part) for part in given.split(",")]
     except ValueError as error:
-        raise EnergyError(f"{option} takes numbers separated by commas, got {given!r}") from error
+        what = "whole numbers" if kind is int else "numbers"
+        raise EnergyError(f"{option} takes {what} separated by commas, got {given!r}") from error
 
 
 def _what_ran(texts: list[str] | None, data: Path | None) -> str:
@@ -208,6 +215,7 @@ def _model_and_batch(
     from snlp_zoo import hub, registry
     from snlp_zoo.data import TextSet, read_set
     from snlp_zoo.data.batches import longest, tokenise
+    from snlp_zoo.data.text import refuse_half_pairs
     from snlp_zoo.errors import CheckpointError
 
     tokenizer = None
@@ -226,11 +234,18 @@ def _model_and_batch(
         raise EnergyError("--text is empty; give it at least one word")
     if data is not None:
         texts = [*(texts or []), *read_set(data, text=column, label=None).texts[:limit]]
+    for number, one in enumerate(texts or [], start=1):
+        refuse_half_pairs(one, f"text {number}")
     if texts:
         if tokenizer is None:
             raise EnergyError(f"{path_or_entry} has no tokenizer for texts; leave --text and --data out")
-        rows = tokenise(tokenizer, TextSet(texts), longest(tokenizer, model.config)).input_ids
-        parts = [torch.tensor(row) for row in rows]  # padded here: a language model's tokenizer may have no padding
+        most = longest(tokenizer, model.config)
+        rows = tokenise(tokenizer, TextSet(texts), most)
+        if rows.truncated:
+            logger.warning("%d of %d texts were cut at %d tokens", rows.truncated, len(rows), most)
+        parts = [
+            torch.tensor(row) for row in rows.input_ids
+        ]  # padded here: a language model's tokenizer may have no padding
         ids, mask = (pad_sequence(x, batch_first=True) for x in (parts, [torch.ones_like(part) for part in parts]))
         return model, {"input_ids": ids, "attention_mask": mask}, tokenizer
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,7 @@
 """Accuracy, energy and latency of one trained model at other time steps and thresholds, without training again."""
 
 import copy
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -29,8 +30,10 @@ def varied(model: PreTrainedModel, time_steps: int, threshold: float = 1.0) -> P
         EnergyError: time_steps below 1 or threshold not positive; other time steps than 1 of a model that has none,
             since its neurons walk over tokens.
     """
-    if time_steps < 1 or not threshold > 0:
-        raise EnergyError(f"time steps must be at least 1 and thresholds positive, got {time_steps} and {threshold}")
+    if time_steps < 1 or not 0 < threshold < math.inf:
+        raise EnergyError(
+            f"time steps must be at least 1 and thresholds positive and finite, got {time_steps} and {threshold}"
+        )
     made = copy.deepcopy(model)
     if any(getattr(node, "over_tokens", False) for node in made.modules()):
         if time_steps != 1:
@@ -72,7 +75,11 @@ def pareto(
     Yields:
         time_steps, threshold, accuracy, firing_rate, pj_per_token, ratio (dense_fp32 with memory / spiking),
         spike_driven_fraction, ms_per_text (this machine's, in batches).
+    Raises:
+        EnergyError: as `varied`, or the model is a regression.
     """
+    if model.config.num_labels == 1:
+        raise EnergyError(f"{type(model).__name__} predicts a number, which has no accuracy; use a model of classes")
     limit = longest(tokenizer, model.config)
     tokens = tokenise(tokenizer, texts, limit)
     batches = list(loader(tokens, tokenizer, batch_size, shuffle=False, drop_last=False))

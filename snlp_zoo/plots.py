@@ -15,6 +15,7 @@ from snlp_zoo.errors import EnergyError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
     from snlp_zoo.energy import EnergyReport
     from snlp_zoo.energy.record import Recorded
@@ -63,6 +64,13 @@ def _shortened(names: Sequence[str]) -> list[str]:
     return [".".join(part for part in p if part not in ("layers", "neuron")) for p in parts]
 
 
+def token_labels(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
+    """Tokens as they read in a text; as the vocabulary writes them if they are only white space or part of a letter."""
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    read = [str(tokenizer.decode([number])).strip() for number in ids]
+    return [text if text and "\ufffd" not in text else token for text, token in zip(read, tokens, strict=True)]
+
+
 def spike_raster(recorded: "Recorded", tokens: Sequence[str], site: str) -> "Figure":
     """Which neurons of one site fired at each step of each token; ternary spikes have two colours and marks.
 
@@ -83,7 +91,7 @@ def spike_raster(recorded: "Recorded", tokens: Sequence[str], site: str) -> "Fig
     axes.set(xlim=(0, length), ylim=(-1, shown), ylabel=f"neuron (first {shown} of {width})")
     axes.set_xlabel(f"token, T = {time_steps} steps each" if time_steps > 1 else "token")
     slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if length > 6 else {}
-    axes.set_xticks([token + 0.5 for token in range(length)], tokens, **slanted)
+    axes.set_xticks([token + 0.5 for token in range(length)], tokens, parse_math=False, **slanted)
     axes.set_title(f"{site}: {100 * (recorded.spikes != 0).float().mean():.1f} % fired", loc="left", fontsize=11)
     if recorded.ternary:
         figure.legend(loc="outside lower right", ncols=2)
@@ -163,6 +171,7 @@ def pareto_front(rows: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, 
     axes.set(xlabel="estimated uJ per token, with memory", ylabel="accuracy, %")
     axes.set_title(f"Accuracy, energy, latency (size of a mark; largest {longest:.1f} ms a text)", loc="left")
     axes.margins(0.1)
+    axes.set_ylim(top=min(101.0, axes.get_ylim()[1]))
     figure.legend(loc="outside lower center", ncols=4)
     return figure
 

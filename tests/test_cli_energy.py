@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from snlp_zoo.cli import app
 from snlp_zoo.energy.report import STATEMENT, UNTOUCHED
-from snlp_zoo.errors import CheckpointError, EnergyError, HubError
+from snlp_zoo.errors import CheckpointError, DataError, EnergyError, HubError
 from snlp_zoo.registry import build
 
 runner = CliRunner()
@@ -88,6 +88,18 @@ def test_texts_of_a_language_model_need_no_padding_and_have_no_limit(tmp_path, m
     assert (found["texts"], found["tokens"]) == (2, 5)
 
 
+def test_texts_that_were_cut_are_counted(trained, caplog):
+    found = json.loads(run("energy", "model", "--text", "a film " * 50, "--text", "a", "--json"))
+    assert (found["texts"], found["tokens"]) == (2, 65)
+    assert "1 of 2 texts were cut at 64 tokens" in caplog.text
+
+
+def test_a_regression_has_no_accuracy(trained):
+    build("spikelm_tiny", num_labels=1).save_pretrained(trained / "model")
+    with pytest.raises(EnergyError, match="predicts a number, which has no accuracy"):
+        run("pareto", "model", "--data", "test.tsv")
+
+
 def test_verify_exits_with_one_when_a_claim_fails(trained):
     assert "every claim holds" in run("verify", "model")
     found = json.loads(run("verify", "model", "--text", "a fine film", "--json"))
@@ -135,7 +147,13 @@ def test_plots_are_written(trained):
         (("pareto", "nobody/model", "--data", "test.tsv"), HubError, "no folder and no zoo entry"),
         (("energy", "spikelm_tiny", "--text", "a film"), EnergyError, "has no tokenizer"),
         (("energy", "spikelm_tiny", "--costs", "horowitz"), EnergyError, "unknown cost table"),
-        (("pareto", "model", "--data", "test.tsv", "--time-steps", "1,two"), EnergyError, "--time-steps takes numbers"),
+        (("pareto", "model", "--data", "test.tsv", "--time-steps", "1,two"), EnergyError, "takes whole numbers"),
+        (("pareto", "model", "--data", "test.tsv", "--time-steps", "1.5"), EnergyError, "whole numbers .* got '1.5'"),
+        (("pareto", "model", "--data", "test.tsv", "--time-steps", "inf"), EnergyError, "whole numbers .* got 'inf'"),
+        (("pareto", "model", "--data", "test.tsv", "--thresholds", "1,x"), EnergyError, "takes numbers .* got '1,x'"),
+        (("pareto", "model", "--data", "test.tsv", "--thresholds", "inf"), EnergyError, "positive and finite"),
+        (("energy", "model", "--text", "a \udcff"), DataError, "text 1 has half of a surrogate pair"),
+        (("plots", "model", "--format", "jpg"), EnergyError, "written as png or svg"),
         (("pareto", "model", "--data", "test.tsv", "--time-steps", "0"), EnergyError, "at least 1"),
         (("pareto", "model", "--data", "test.tsv", "--thresholds", "-1"), EnergyError, "thresholds positive"),
     ],

@@ -3,6 +3,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from snlp_zoo.energy import estimate
 from snlp_zoo.energy.record import Recorded, record
@@ -81,6 +83,18 @@ def test_raster_has_a_mark_for_every_spike_and_a_label_for_every_token(model):
     assert marks == int((found.spikes != 0).sum()) > 0
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "b", "c", "d"]
     assert site in figure.axes[0].get_title(loc="left")
+
+
+def test_labels_read_as_the_text_does():
+    tokens = ["the", "\u0120crew", "\u0120", "\u00e6", "$x$"]
+    inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="the"))  # noqa: S106
+    inner.decoder = decoders.ByteLevel()
+    labels = plots.token_labels(PreTrainedTokenizerFast(tokenizer_object=inner), range(5))
+    assert labels == ["the", "crew", "\u0120", "\u00e6", "$x$"]  # neither white space nor part of a letter reads
+    spikes = torch.eye(5).unsqueeze(0)
+    found = Recorded(spikes, spikes, torch.ones(1), spikes > 0, False)
+    drawn = plots.spike_raster(found, labels, "layers.0").axes[0].get_xticklabels()
+    assert not any(label.get_parse_math() for label in drawn)  # a dollar is a dollar
 
 
 def test_raster_over_tokens_has_no_steps():

@@ -74,6 +74,8 @@ def _check_archive(path: Path) -> int:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"cannot read {path}: there is no such file; check the path") from error
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise CheckpointError(
             f"cannot read {path}: it is not a whole file of torch.save, version 1.6 or later ({error}); "

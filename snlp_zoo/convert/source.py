@@ -100,7 +100,8 @@ def _from_hub(name: str) -> Path:
         if "/" in name:
             raise
         raise ConversionError(
-            f"convert: no folder, file, zoo entry or installed package called {name!r}; a model on the Hub is user/name"
+            f"convert: no folder, file, zoo entry or installed package called {name!r}; install the package, or name a "
+            "model on the Hub as user/name"
         ) from error
 
 

@@ -108,8 +108,11 @@ def test_truncated_files(tmp_path, keep):
 
 
 def test_missing_files_and_folders(tmp_path):
-    for path in (tmp_path, tmp_path / "nothing.pth"):
-        with pytest.raises(CheckpointError, match="cannot read"):
+    for path, message in (
+        (tmp_path, "not a whole file"),
+        (tmp_path / "nothing.pth", r"nothing\.pth: there is no such"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
             read_pth(path)
 
 

@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub; main by default.")]
 VerifyFlag = Annotated[bool, typer.Option("--verify", help="Compare every file with the Hub's checksums.")]
+_WIDEST = 400  # characters of a text or name that is shown; --json has all of it
 _SILENCE = 20  # seconds: rank 0 says a mistake that is everybody's, and the launcher ends this process meanwhile
 
 
@@ -42,6 +43,11 @@ def main() -> None:
         if speaks or not isinstance(error, Interrupted):
             typer.echo(f"snlp-zoo: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.echo(f"snlp-zoo: {_short(str(error.filename))}: {error.strerror}; name another one", err=True)
+        sys.exit(2)
     except Exception:
         if problem := torchvision_mismatch():  # nothing that needs transformers can run
             typer.echo(f"snlp-zoo: {problem}", err=True)
@@ -49,17 +55,24 @@ def main() -> None:
         raise
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= _WIDEST else text[:_WIDEST] + " ..."
+
+
 def _print(result: dict[str, Any], as_json: bool, table: Table) -> None:
     if as_json:
         typer.echo(json.dumps(result))
     else:
         # a pipe has no width of its own: nothing there should be folded
-        Console(width=None if sys.stdout.isatty() else 140, markup=False).print(table)  # [x] is text
+        console = Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False)  # [x] is text
+        title, caption, table.title, table.caption = table.title, table.caption, None, None
+        for part in filter(None, (title, table, caption)):  # a narrow table would fold a long path
+            console.print(part, soft_wrap=part is not table)
 
 
 def _table(title: str, *columns: str, numbers: bool = False) -> Table:
     """An empty table; `numbers` sets every column but the first flush right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if numbers and i > 0 else "left", overflow="fold")
     return table
@@ -184,7 +197,6 @@ def _summary_table(summary: dict[str, Any]) -> Table:
         name = f"{stage['name'].rpartition('/')[2]}: {metric.replace('_', ' ')}"
         table.add_row(name, *(shown.get(who, "-") for who in people))
     table.caption = f"saved in {summary['path']}"
-    table.caption_justify = "left"
     return table
 
 
@@ -242,7 +254,7 @@ def predict(
     predictions = run(path_or_entry, texts, revision=revision, verify=verify)
     table = _table(path_or_entry, "text", "label", "score", "firing rate")
     for row in predictions:
-        table.add_row(row["text"], row["label"], f"{row['score']:.3f}", f"{100 * row['firing_rate']:.1f} %")
+        table.add_row(_short(row["text"]), row["label"], f"{row['score']:.3f}", f"{100 * row['firing_rate']:.1f} %")
     _print({"predictions": predictions}, json_, table)
 
 
@@ -272,7 +284,6 @@ def publish(
     table.caption = (
         f"published as {report.url}, commit {report.commit}" if report.commit else "dry run: nothing was sent"
     )
-    table.caption_justify = "left"
     _print(asdict(report) | {"url": report.url}, json_, table)
     if dry_run and not json_:
         typer.echo(report.card)

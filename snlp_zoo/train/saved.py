@@ -55,6 +55,8 @@ def evaluate_checkpoint(
     folder = hub.find_checkpoint(path_or_entry, revision=revision, verify=verify)
     if registry.task_of(architecture(read_json(folder / "config.json"))) == "causal-lm":
         return _evaluate_language_model(folder, data, text, separator, window)
+    if window is not None or separator is not None:
+        raise RecipeError(f"window and separator are of language models; {folder} holds a classifier, leave them out")
     model = registry.load_classifier(folder)
     tokenizer = registry.load_tokenizer(folder)
     labels: dict[Any, str] = model.config.id2label or {}
@@ -100,10 +102,11 @@ def _evaluate_language_model(
     size |= {"unknown": stream.unknown}
     if window is None and isinstance(model.config, SpikingConfig):
         return {"path": str(folder), "data": data, **size, **evaluate_through(model, stream)}
-    positions = getattr(model.config, "max_position_embeddings", window or WINDOW)
-    if window is not None and not 1 <= window <= positions:
-        raise RecipeError(f"window {window} must be at least 1 token and at most the model's {positions} positions")
-    window = window or min(WINDOW, positions)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if window is not None and not 1 <= window <= (positions or window):
+        most = f" and at most the model's {positions} positions" if positions else ""
+        raise RecipeError(f"window {window} must be at least 1 token{most}")
+    window = window or min(WINDOW, positions or WINDOW)
     windows = crop_loader(stream, tokenizer, window, max(_AT_ONCE // window, 1), shuffle=False)
     scores = evaluate(accelerator, model, windows, "evaluate")
     return {"path": str(folder), "data": data, **size, "window": window, **scores}

@@ -182,6 +182,12 @@ def test_evaluate(cli, trained, data_folder):
     assert f"{100 * scores['accuracy']:.1f} %" in cli(*arguments).out
 
 
+def test_a_long_path_stands_on_one_line(cli, trained, data_folder, tmp_path):
+    folder = shutil.copytree(trained.folder / "model", tmp_path / ("long" * 40))
+    for command in (("evaluate", folder, "--data", data_folder / "test.tsv"), ("predict", folder, "lumi")):
+        assert str(folder) in cli(*command).out.splitlines()
+
+
 def test_evaluate_reads_other_columns(cli, trained, tmp_path):
     (tmp_path / "x.csv").write_text("tweet,mood\ngrum vosh,negative\nlumi sola,positive\n")
     columns = ("--text", "tweet", "--label", "mood")
@@ -204,6 +210,17 @@ def test_predict(cli, trained):
     table = cli("predict", trained.folder, *texts).out
     assert "negative" in table
     assert f"{rows[1]['score']:.3f}" in table
+
+
+def test_predict_shows_the_beginning_of_a_long_text(cli, trained):
+    words = [f"w{number}" for number in range(1000)]
+    table = cli("predict", trained.folder, " ".join(words)).out
+    assert "w0 w1" in table
+    assert "w50" in table
+    assert "w200" not in table
+    assert document(cli("predict", trained.folder, " ".join(words), "--json"))["predictions"][0]["text"].endswith(
+        "w999"
+    )
 
 
 def test_predict_says_which_text_was_cut(cli, trained):
@@ -309,6 +326,39 @@ def test_data_that_cannot_be_evaluated(fails, trained, tmp_path, rows, expected)
 @pytest.mark.parametrize("text", ["", "  \t "])
 def test_predict_of_an_empty_text(fails, trained, text):
     assert "text 2 of 2 is empty" in fails("predict", trained.folder, "lumi", text)
+
+
+def test_predict_of_bytes_that_are_no_text(fails, trained):
+    assert "text 2 of 2 has half of a surrogate pair, or is not UTF-8" in fails(
+        "predict", trained.folder, "a", "\udcff"
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [("predict", "x" * 300, "a"), ("train", "x" * 300), ("convert", "x" * 300, "there")], ids=lambda c: c[0]
+)
+def test_a_name_that_is_too_long(fails, command):
+    assert "File name too long" in fails(*command)
+
+
+def test_a_folder_that_is_a_file(fails, trained, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    run = ("energy", trained.folder, "--text", "lumi", "--output-dir")
+    assert "file: File exists" in fails(*run, "file")
+    assert "file/below: Not a directory" in fails(*run, "file/below")
+    assert "file: File exists" in fails("plots", trained.folder, "--text", "lumi", "--output-dir", "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--window", "--separator"])
+def test_options_of_language_models_are_not_for_classifiers(fails, trained, data_folder, option):
+    text = fails("evaluate", trained.folder, "--data", data_folder / "test.tsv", option, 3)
+    assert "window and separator are of language models" in text
+
+
+def test_tweets_are_for_models_with_their_classes(fails, trained):
+    text = fails("evaluate", trained.folder, "--data", "tweets")
+    assert "got ['negative', 'positive']; leave label_names out, or name a model of these classes" in text
 
 
 def test_no_such_recipe_file(fails):

@@ -240,6 +240,8 @@ def test_evaluate_reads_windows_and_agrees_with_a_plain_sum(run, speech, tmp_pat
         assert evaluate_checkpoint(str(folder), str(text))["window"] == 64  # its positions, fewer than 1,024
     with pytest.raises(RecipeError, match="window 65 must be at least 1 token and at most the model's 64 positions"):
         evaluate_checkpoint(str(run[0]), str(text), window=65)
+    with pytest.raises(RecipeError, match="window 0 must be at least 1 token"):
+        evaluate_checkpoint(str(run[0]), str(text), window=0)
 
 
 def test_a_saved_model_is_tuned_without_a_teacher(run, make_converted, tmp_path):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from snlp_zoo import registry
 from snlp_zoo.cli import app
-from snlp_zoo.errors import CheckpointError
+from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.hub.card import make_card, make_results, read_run
 from snlp_zoo.train.run import distill
 
@@ -78,6 +78,12 @@ def test_what_stands_after_texts_is_that_of_the_last_stage(cli, recipe, data_fol
     cli("train", "staged.yaml", "--output-dir", "here")
     scores = json.loads(cli("evaluate", "here", "--data", data_folder / "test.tsv", "--json"))
     assert scores["tokens"] == json.loads((tmp_path / "here/summary.json").read_text())["test_tokens"]
+
+
+def test_a_window_that_holds_nothing(cli, recipe, data_folder):
+    cli("train", recipe(max_steps=1), "--output-dir", "here")
+    with pytest.raises(RecipeError, match=r"window -3 must be at least 1 token$"):  # it has no positions to speak of
+        cli("evaluate", "here", "--data", data_folder / "test.tsv", "--window", -3)
 
 
 def test_an_entry_that_is_not_trained_says_how(cli):

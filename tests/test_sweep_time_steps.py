@@ -29,13 +29,35 @@ def trained(tmp_path):
     return tmp_path, data
 
 
-def test_a_row_for_every_t_and_every_tolerance(trained, monkeypatch, capsys):
+@pytest.fixture
+def sweep(trained, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("sweep_time_steps", TOOL)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, "argv", [str(TOOL), str(trained[0]), "--data", str(trained[1])])
-    tool.main()
-    lines = capsys.readouterr().out.splitlines()
+
+    def run(model=trained[0]):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), str(model), "--data", str(trained[1])])
+        tool.main()
+        return tool, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_long_texts_are_cut_at_the_models_positions(trained, sweep):
+    trained[1].write_text("text\tlabel\n" + "fine film " * 60 + "\tgood\ndull\tbad\n")
+    assert len(sweep()[1]) == 15
+
+
+def test_mistakes_are_told(trained, sweep):
+    with pytest.raises(SystemExit, match="no folder and no zoo entry called 'nowhere'"):
+        sweep("nowhere")
+    build("spikelm_tiny", num_labels=2).save_pretrained(trained[0] / "model")
+    with pytest.raises(SystemExit, match="is a SpikeLMForSequenceClassification; only SpikingBERT takes any T"):
+        sweep()
+
+
+def test_a_row_for_every_t_and_every_tolerance(sweep):
+    tool, lines = sweep()
     assert [line.split()[0] for line in lines] == [
         "T", *map(str, tool.STEPS), "tolerance", *map(str, tool.TOLERANCES)
     ]  # fmt: skip

@@ -103,11 +103,13 @@ def test_a_seeded_sample_of_each_source_goes_to_a_file_that_recipes_read(run, tm
         (("o.txt", "a.tsv"), "no column text, sentence, .* among title, body"),
         (("o.txt", "b.tsv"), r"b\.tsv: no such file"),
         (("o.tsv", "a.tsv"), r"written as \.txt or \.txt\.xz"),
+        (("o.tsv", "c.txt", "--pairs"), r"o\.tsv: no pairs to write"),
         (("there/o.txt", "a.tsv"), r"there/o\.txt: there is no such folder"),
     ],
 )
 def test_mistakes_are_told(run, tmp_path, arguments, message):
     (tmp_path / "a.tsv").write_text("title\tbody\nx\ty\n")
+    (tmp_path / "c.txt").write_text("one sentence of five words\n")
     with pytest.raises(SystemExit, match=message):
         run(*arguments)
     assert not list(tmp_path.glob("o.*"))

@@ -29,6 +29,7 @@ from snlp_zoo.convert.source import find_source, load_dense, load_tokenizer
 from snlp_zoo.convert.spiking import to_spiking
 from snlp_zoo.data.files import read_text
 from snlp_zoo.energy import estimate
+from snlp_zoo.errors import SnlpError
 from snlp_zoo.layers.spike_statistics import SpikeCounts, spikes_counted
 from snlp_zoo.models.converted import spike_layers
 
@@ -189,4 +190,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SnlpError as error:
+        sys.exit(str(error))

@@ -85,6 +85,10 @@ def main() -> None:
     head = ["sentence1\tsentence2"] if arguments.pairs else []
     try:
         lines = head + collect(arguments.sources, arguments.seed, arguments.pairs)
+        if len(lines) == len(head):
+            raise DataError(
+                f"{arguments.out}: no {kind} to write; give texts with more sentences of {FEWEST} to {MOST} words"
+            )
         content = "".join(f"{line}\n" for line in lines).encode()
     except DataError as error:
         raise SystemExit(str(error)) from None

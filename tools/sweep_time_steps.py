@@ -14,7 +14,8 @@ import torch
 import snlp_zoo
 from snlp_zoo import registry
 from snlp_zoo.data import read_set
-from snlp_zoo.data.batches import loader, tokenise
+from snlp_zoo.data.batches import loader, longest, tokenise
+from snlp_zoo.errors import SnlpError
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 TOLERANCES = (0.2, 0.1, 0.05, 0.02, 0.01)
@@ -41,10 +42,21 @@ def main() -> None:
     parser.add_argument("--text", default="text")
     parser.add_argument("--label", default="label")
     options = parser.parse_args()
+    try:
+        sweep(options)
+    except SnlpError as error:
+        raise SystemExit(str(error)) from None
+
+
+def sweep(options: argparse.Namespace) -> None:
     model = snlp_zoo.load(options.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    if model.config.model_type != "spikingbert":
+        raise SystemExit(
+            f"{options.model} is a {type(model).__name__}; only SpikingBERT takes any T, see snlp-zoo pareto"
+        )
     tokenizer = registry.load_tokenizer(registry.find_checkpoint(options.model))
     texts = read_set(Path(options.data), text=options.text, label=options.label, label_names=model.config.label_names)
-    split = tokenise(tokenizer, texts, 128)
+    split = tokenise(tokenizer, texts, min(128, longest(tokenizer, model.config)))
     batches = list(loader(split, tokenizer, 64, shuffle=False, drop_last=False))
     rows = {steps: run(model, batches, time_steps=steps) for steps in STEPS}
     last = rows[STEPS[-1]]["prediction"]

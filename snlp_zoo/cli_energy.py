@@ -91,7 +91,7 @@ def verify(
             typer.echo(f"FAILS  {where}: {what}")
         claims = claimed_fraction is not None or any(product.claimed or product.sources for product in found.products)
         held = "every claim holds" if claims else "the model claims nothing of its products"
-        held = held if found.ok else f"{len(found.failures)} claims fail"
+        held = held if found.ok else f"{len(found.failures)} of its claims fail"
         share = percent(found.spike_driven_fraction, 2)
         typer.echo(f"{held}; spike-driven fraction {share} ({_what_ran(text, data)})")
     if not found.ok:
@@ -243,9 +243,8 @@ def _model_and_batch(
         rows = tokenise(tokenizer, TextSet(texts), most)
         if rows.truncated:
             logger.warning("%d of %d texts were cut at %d tokens", rows.truncated, len(rows), most)
-        parts = [
-            torch.tensor(row) for row in rows.input_ids
-        ]  # padded here: a language model's tokenizer may have no padding
+        parts = [torch.tensor(row) for row in rows.input_ids]
+        # padded here: a language model's tokenizer may have no padding
         ids, mask = (pad_sequence(x, batch_first=True) for x in (parts, [torch.ones_like(part) for part in parts]))
         return model, {"input_ids": ids, "attention_mask": mask}, tokenizer
     generator = torch.Generator().manual_seed(0)

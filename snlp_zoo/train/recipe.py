@@ -239,6 +239,8 @@ def _resolve(name: str, seen: tuple[str, ...], relative_to: Path | None = None) 
     candidates = [(relative_to or Path()) / name, recipes / f"{name}.yaml"]
     path = next((p for p in candidates if p.suffix in (".yaml", ".yml") and p.is_file()), None)
     if path is None and name not in registry.list_entries():
+        if name.endswith((".yaml", ".yml")):
+            raise RecipeError(f"there is no file {candidates[0]}; check the path, or name a zoo entry or recipe")
         known = registry.list_entries() + sorted(p.stem for p in recipes.glob("*.yaml"))
         raise registry.unknown("zoo entry or recipe", name, known)
     content = registry.read_yaml(path or registry.zoo_folder() / f"{name}.yaml")

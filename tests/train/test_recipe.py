@@ -70,6 +70,11 @@ def test_entry_without_a_recipe_names_those_that_have_one():
     assert "spikelm_tiny_tweets" in text
 
 
+def test_a_file_that_is_not_there(write, tmp_path):
+    assert message("mine.yaml").startswith("there is no file mine.yaml; check the path")
+    assert f"there is no file {tmp_path / 'other.yml'}" in message(str(write("mine.yaml", "extends: other.yml\n")))
+
+
 def test_extends_an_entry(write):
     path = write("short.yaml", {"extends": "spikelm_tiny_tweets", "train": {"epochs": 7}, "name": "short"})
     recipe, base = load_recipe(path), load_recipe("spikelm_tiny_tweets")

@@ -348,6 +348,9 @@ def counting(model: nn.Module) -> Iterator[Counting]:
     handles += [node.register_forward_hook(counter.fired) for node in nodes]
     handles += [module.register_forward_hook(counter.recurred) for module in recurrences]
     handles += [module.register_forward_hook(counter.emitted) for module in coded]
+    # activation checkpointing has embeddings ask for gradients, which the tracker of modules then misses
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    handles += [table.register_forward_hook(lambda *given: given[-1].detach()) for table in tables]
     with hooked(handles), evaluating(model), codes.written_out(model), torch.no_grad(), _Mode([counter]):
         yield counter
     if counter.unpriced:

@@ -201,3 +201,11 @@ def test_padding_and_companions_cost_nothing():
     other = estimate(model, {"input_ids": IDS.flip(1)})
     assert two.totals["ac"] == one.totals["ac"] + other.totals["ac"]
     assert two.tokens == 2 * N
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = lively()
+    expected = estimate(model, BATCH).to_dict()
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers renamed it
+    getattr(model, next(name for name in names if hasattr(model, name)))()
+    assert estimate(model, BATCH).to_dict() == expected

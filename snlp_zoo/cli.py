@@ -1,5 +1,6 @@
 """The command line: `snlp-zoo`. Results go to standard output, progress and warnings to standard error."""
 
+import errno
 import json
 import logging
 import os
@@ -44,9 +45,12 @@ def main() -> None:
             typer.echo(f"snlp-zoo: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.filename is None:
+        full = error.errno == errno.ENOSPC  # what was written to may have no name
+        if error.filename is None and not full:
             raise
-        typer.echo(f"snlp-zoo: {_short(str(error.filename))}: {error.strerror}; name another one", err=True)
+        where = "" if error.filename is None else f"{_short(str(error.filename))}: "
+        remedy = "make room" if full else "name another one"
+        typer.echo(f"snlp-zoo: {where}{error.strerror}; {remedy}", err=True)
         sys.exit(2)
     except Exception:
         if problem := torchvision_mismatch():  # nothing that needs transformers can run
@@ -63,8 +67,8 @@ def _print(result: dict[str, Any], as_json: bool, table: Table) -> None:
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        # a pipe has no width of its own: nothing there should be folded
-        console = Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False)  # [x] is text
+        # [x] and :x: are text; a pipe has no width of its own: nothing there should be folded
+        console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
         title, caption, table.title, table.caption = table.title, table.caption, None, None
         for part in filter(None, (title, table, caption)):  # a narrow table would fold a long path
             console.print(part, soft_wrap=part is not table)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
 from typing import NamedTuple
 
@@ -101,6 +103,22 @@ def test_list_in_a_process_of_its_own(python):
     done = python("-m", "snlp_zoo", "list", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["entries"]
+    assert done.stderr == ""
+
+
+def test_a_full_disk_is_one_sentence(python):
+    with open("/dev/full", "w") as full:
+        done = python("-m", "snlp_zoo", "list", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr == "snlp-zoo: No space left on device; make room\n"
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+def test_a_pipe_that_nobody_reads_is_no_error(python, options):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        done = python("-m", "snlp_zoo", "list", *options, capture_output=False, stdout=pipe, stderr=subprocess.PIPE)
     assert done.stderr == ""
 
 
@@ -210,6 +228,11 @@ def test_predict(cli, trained):
     table = cli("predict", trained.folder, *texts).out
     assert "negative" in table
     assert f"{rows[1]['score']:.3f}" in table
+
+
+def test_predict_shows_texts_as_they_are(cli, trained):
+    text = "lumi :smile: [red]sola[/red]"
+    assert text in cli("predict", trained.folder, text).out
 
 
 def test_predict_shows_the_beginning_of_a_long_text(cli, trained):

@@ -111,8 +111,8 @@ def _check(
             "generate: max_new_tokens and num_beams must be at least 1, top_p above 0 and at most 1, temperature not "
             f"negative; got {max_new_tokens}, {num_beams}, {top_p} and {temperature}"
         )
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise DataError(f"generate: seed {seed} is no number of 64 bits; use a smaller one")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise DataError(f"generate: seed {seed} is no number of 64 bits; use one nearer to 0")
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, model: Any, folder: Path) -> torch.Tensor:

@@ -82,6 +82,11 @@ def test_draws_follow_the_seed(folder, run):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_seeds_have_64_bits(folder, run, seed):
+    assert run(folder, "a", "--max-new-tokens", 1, "--seed", seed)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -92,6 +97,7 @@ def test_draws_follow_the_seed(folder, run):
         (["a", "--temperature", -1], "temperature not negative"),
         (["a", "--max-new-tokens", 0], "at least 1"),
         (["a", "--seed", 2**64], "no number of 64 bits"),
+        (["a", "--seed", -(2**63) - 1], "no number of 64 bits"),
         (["\udcff", "--max-new-tokens", 3], "the prompt has half of a surrogate pair, or is not UTF-8"),
     ],
 )

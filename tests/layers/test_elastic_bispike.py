@@ -301,6 +301,14 @@ def test_a_step_that_is_silent_at_first_can_be_heard_later(mode):
     assert mode != "learned" or node.alpha.grad[0] != 0
 
 
+def test_an_amplitude_that_half_precision_would_make_0():
+    node = ElasticBiSpike(T).half()
+    x = torch.ones(T, 1, 1, 1000, dtype=torch.float16)
+    x[0] = torch.arange(1000) < 1
+    node(1e-6 * x, from_rest=True)
+    assert node.alpha[0] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

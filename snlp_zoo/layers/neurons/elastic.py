@@ -138,8 +138,8 @@ class ElasticBiSpike(ExplicitState, neuron.BaseNode):
             sums = torch.cat([total, _count(mask, current.shape[1:], total).view(1)])
             if dist.is_initialized():
                 dist.all_reduce(sums)
-            size = self.firing_k * sums[0] / sums[1].clamp_min(1)
-            self.alpha[t] = torch.where(size > 0, size.to(self.alpha), self.alpha[t])
+            size = (self.firing_k * sums[0] / sums[1].clamp_min(1)).to(self.alpha)  # half precision may round it to 0
+            self.alpha[t] = torch.where(size > 0, size, self.alpha[t])
             _, v = elastic_bispike(x.unsqueeze(0), v, self.alpha[t : t + 1], **options)
         if index[-1] == self.time_steps - 1:
             self.initialized.fill_(True)

@@ -94,9 +94,10 @@ class SpikingPreTrainedModel(PreTrainedModel):
         if given.ndim != (3 if ids is None else 2):
             raise ValueError(f"{name}: input_ids are [B, N], inputs_embeds [B, N, D]; got shape {tuple(given.shape)}")
         if 0 in given.shape[:2]:
+            cached = " (after a cache: those it has not read, or all of them with a mask as long)"
             raise ValueError(
-                f"{name}: there are no tokens to read, the input's shape is {tuple(given.shape)}; give at least one "
-                "(after a cache: those it has not read, or all of them with a mask as long)"
+                f"{name}: there are no tokens to read, the input's shape is {tuple(given.shape)}; give at least one"
+                + cached * self._is_stateful
             )
         if ids is not None and look:
             table: Any = self.get_input_embeddings()

@@ -263,8 +263,9 @@ def test_input_errors_say_what_to_do(entry):
         model(ids, attention_mask=ids[:, :3])
     with pytest.raises(ValueError, match=r"input_ids are \[B, N\], inputs_embeds \[B, N, D\]; got shape \(4,\)"):
         model(ids[0])
-    with pytest.raises(ValueError, match=r"there are no tokens to read, the input's shape is \(1, 0\)"):
+    with pytest.raises(ValueError, match=r"there are no tokens to read, the input's shape is \(1, 0\)") as caught:
         model(ids[:, :0])
+    assert ("after a cache" in str(caught.value)) == (entry in CAUSAL)
     for wrong in (-1, model.config.vocab_size):
         with pytest.raises(ValueError, match=f"token id {wrong} is not in the vocabulary of {model.config.vocab_size}"):
             model(ids * wrong)

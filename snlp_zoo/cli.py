@@ -48,6 +48,8 @@ def main() -> None:
         full = error.errno == errno.ENOSPC  # what was written to may have no name
         if error.filename is None and not full:
             raise
+        if not speaks:
+            time.sleep(_SILENCE)
         where = "" if error.filename is None else f"{_short(str(error.filename))}: "
         remedy = "make room" if full else "name another one"
         typer.echo(f"snlp-zoo: {where}{error.strerror}; {remedy}", err=True)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -362,6 +363,15 @@ def test_predict_of_bytes_that_are_no_text(fails, trained):
 )
 def test_a_name_that_is_too_long(fails, command):
     assert "File name too long" in fails(*command)
+
+
+def test_other_processes_leave_it_to_the_first_to_say_what_is_wrong(fails, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    waited = []
+    monkeypatch.setattr("snlp_zoo.cli.time", SimpleNamespace(sleep=waited.append))
+    for name in ("x" * 300, "nothing"):
+        fails("train", name)
+        assert waited.pop() > 10
 
 
 def test_a_folder_that_is_a_file(fails, trained, tmp_path):

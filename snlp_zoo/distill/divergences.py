@@ -45,6 +45,8 @@ def _check_logits(student: Outputs, teacher: Outputs) -> None:
 
 def _log_probabilities(student: Outputs, teacher: Outputs, temperature: float) -> tuple[Tensor, Tensor]:
     _check_logits(student, teacher)
+    if not 0 < temperature < math.inf:
+        raise RecipeError(f"temperature divides the logits, so it must be positive and finite, got {temperature}")
     logits = student.logits.float(), teacher.logits.float()
     if temperature != 1:  # of a whole vocabulary every copy counts
         logits = logits[0] / temperature, logits[1] / temperature
@@ -55,6 +57,9 @@ def forward_kl(student_outputs: Outputs, teacher_outputs: Outputs, batch: Batch,
     """KL(teacher || student) of softmax(logits / temperature), times temperature^2: covers all of the teacher's modes.
 
     The factor keeps the gradient's size when the temperature changes (Hinton et al. 2015, arXiv:1503.02531).
+
+    Raises:
+        RecipeError: the temperature is not positive and finite.
     """
     student, teacher = _log_probabilities(student_outputs, teacher_outputs, temperature)
     return _mean_over_logits(_kl(teacher, student), batch) * temperature**2
@@ -96,7 +101,7 @@ def head_tail_kl(
         head, tail: direction of each part, "forward" or "reverse".
         head_weight, tail_weight: fixed weights; None adapts.
     Raises:
-        RecipeError: delta out of range, or an unknown direction.
+        RecipeError: a number out of range, or an unknown direction.
     Source: after arXiv:2504.20445, whose exact weighting this does not claim to be.
     """
     if not 0 < delta <= 1:
@@ -110,6 +115,8 @@ def head_tail_kl(
         ("head", head, head_weight, in_head),
         ("tail", tail, tail_weight, ~in_head),
     ):
+        if weight is not None and not 0 <= weight < math.inf:
+            raise RecipeError(f"head_tail_kl: {name}_weight must be at least 0 and finite, got {weight}; null adapts it")
         if direction not in directed:
             raise RecipeError(f"head_tail_kl: {name} must be 'forward' or 'reverse', got {direction!r}")
         # equal distributions: any weight will do

@@ -35,7 +35,12 @@ def cross_entropy(
     """Cross-entropy with the true labels: [B] classes, or [B, N] tokens where -100 counts for nothing.
 
     Floating-point labels are regression targets [B] and give the mean squared error. The teacher is not used.
+
+    Raises:
+        RecipeError: label_smoothing is out of range.
     """
+    if not 0 <= label_smoothing <= 1:  # torch takes less than 0 for 0
+        raise RecipeError(f"cross_entropy: label_smoothing is a share, in [0, 1], got {label_smoothing}")
     logits, labels = student_outputs.logits.float(), batch["labels"]
     if labels.is_floating_point():
         return F.mse_loss(logits.squeeze(-1), labels.float())

@@ -75,6 +75,8 @@ class TokenizerPart(Checked):
         return self
 
 
+# Python's generator takes -1 for 1; NumPy's takes 32 bits, and ranks and steps are added
+_Seed = Annotated[int, Field(ge=0, lt=2**31)]
 _OneOrMore = str | Annotated[list[str], Field(min_length=1)]
 
 
@@ -106,7 +108,7 @@ class DataPart(Checked):
     # training texts that hold validation or test texts of a labelled stage: left out, or only counted
     overlap: Literal["drop", "report"] = "drop"
     disjoint: bool = False  # splits carved from train share no wording with what stays, see `data.load_splits`
-    seed: int = 0  # of the splits, the subsets and the altered copies
+    seed: _Seed = 0  # of the splits, the subsets and the altered copies
     augment: AugmentPart | None = None  # of the student's training split alone
     transfer: TransferPart | None = None  # more training examples of the student
 
@@ -164,7 +166,7 @@ class TrainPart(Checked):
     early_stopping_patience: int | None = Field(None, ge=1)  # evaluations without a better one
     # of a classifier; None: accuracy, for a regression Pearson's correlation
     metric_for_best_model: Literal["accuracy", "macro_f1", "matthews", "f1", "pearson", "spearman"] | None = None
-    seed: int = 0
+    seed: _Seed = 0
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None  # gets what metrics.jsonl gets
 
     @model_validator(mode="after")

@@ -276,6 +276,9 @@ def test_set_with_a_value_that_is_not_yaml(make_recipe):
         ("train.batch_size=null", ["train.batch_size", "None"]),
         ("train.schedule=cosin", ["train.schedule", "'cosine'", "'cosin'"]),
         ("train=3", ["train", "3"]),
+        ("train.seed=-1", ["train.seed", "greater than or equal to 0", "-1"]),
+        ("teacher.train.seed=4294967296", ["teacher.train.seed", "less than", "4294967296"]),
+        ("data.seed=-1", ["data.seed", "greater than or equal to 0"]),
         ("name.first=x", ["name", "string"]),
         ("objectives.forward_kll=1", ["unknown objective 'forward_kll'", "forward_kl"]),
         ("objectives.forward_kl.temprature=1", ["option of forward_kl 'temprature'", "temperature"]),
@@ -374,6 +377,11 @@ def test_weight_decay_is_for_weights_alone():
         ("spike_rate: {target: 2}", r"spike_rate: target is a share of neurons, in \[0, 1\], got 2"),
         ("spike_rate: {target: abc}", "objectives.spike_rate: "),
         ("forward_kl: {temperature: hot}", "objectives.forward_kl: "),
+        ("forward_kl: {temperature: 0}", "objectives.forward_kl: .*must be positive and finite, got 0"),
+        ("reverse_kl: {temperature: -2}", "objectives.reverse_kl: .*got -2"),
+        ("head_tail_kl: {temperature: .inf}", "objectives.head_tail_kl: .*got inf"),
+        ("head_tail_kl: {tail_weight: -1}", "objectives.head_tail_kl: .*tail_weight must be at least 0"),
+        ("cross_entropy: {label_smoothing: -0.1}", r"label_smoothing is a share, in \[0, 1\], got -0.1"),
     ],
 )
 def test_options_of_objectives_are_tried_when_a_recipe_is_read(objective, message):

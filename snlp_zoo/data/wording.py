@@ -27,7 +27,8 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 def _plain(text: str) -> str:
     if text.isascii():
         return text.lower()
-    return "".join(sign for sign in normalize("NFKD", text.casefold()) if not combining(sign))
+    # in this order: letters of mathematics have no case until they are taken for usual ones
+    return "".join(sign for sign in normalize("NFKD", text).casefold() if not combining(sign))
 
 
 class Runs:

@@ -15,6 +15,7 @@ from snlp_zoo.errors import DataError
         ("  The  CREW -- was_lovely! ", "the crew was lovely"),
         ("it's 3.5 stars", "it s 3 5 stars"),
         ("Cafe\u0301 na\u00efve \ufb01lm Stra\u00dfe", "cafe naive film strasse"),
+        ("\U0001d407\U0001d422 \u210dO \u0130z\u0390", "hi ho iz\u03b9"),
         ("\u4f60\u597d\u3002 :-)", "\u4f60\u597d"),
         ("...", ""),
     ],

@@ -34,6 +34,8 @@ from snlp_zoo.train.teacher import (
     augmented,
     check_attention_scores,
     check_layer_map,
+    check_positions,
+    check_projection,
     check_vocabulary,
     prepare_teacher,
     with_transfer,
@@ -141,6 +143,8 @@ def _read_job(
         _check_labels(recipe, job.data.label_names)
     config = student_config(_with_start(recipe, before), job.tokenizer, job.data.label_names)
     check_layer_map(recipe, config.num_hidden_layers)
+    check_positions(recipe)
+    check_projection(recipe, config.hidden_size)
     if recipe.head == "causal-lm":
         check_vocabulary(recipe, config.vocab_size)
     if recipe.teacher and "attention_score_mse" in recipe.objectives:

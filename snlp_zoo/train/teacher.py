@@ -142,6 +142,36 @@ def check_layer_map(recipe: Recipe, student_layers: int) -> None:
         )
 
 
+def check_positions(recipe: Recipe) -> None:
+    """See whether the teacher reads texts as long as the recipe's may be.
+
+    Raises:
+        RecipeError: it does not, or there is no such teacher.
+    """
+    if recipe.teacher:
+        config = teacher_from_pretrained(AutoConfig, recipe.teacher).get_text_config()
+        positions = getattr(config, "max_position_embeddings", recipe.data.max_length)
+        if recipe.data.max_length > positions:
+            raise RecipeError(
+                f"data.max_length {recipe.data.max_length} is more than the teacher's {positions} positions; lower it"
+            )
+
+
+def check_projection(recipe: Recipe, student_width: int) -> None:
+    """See whether embedded tokens, which the projection "normed" leaves as they are, can be compared.
+
+    Raises:
+        RecipeError: student and teacher differ in width, or there is no such teacher.
+    """
+    if recipe.teacher and recipe.projection == "normed" and "embedding_mse" in recipe.objectives:
+        width = teacher_from_pretrained(AutoConfig, recipe.teacher).get_text_config().hidden_size
+        if width != student_width:
+            raise RecipeError(
+                f"projection 'normed' leaves embedded tokens as they are, and embedding_mse cannot compare the "
+                f"student's width {student_width} with the teacher's {width}; use 'per_layer' or 'shared'"
+            )
+
+
 def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
     """See whether a language model's teacher reads and predicts as many tokens as the student, if both are compared.
 
@@ -151,11 +181,7 @@ def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
     compared = [name for name in recipe.objectives if OBJECTIVES[name].unit == "logit"]
     if not (recipe.teacher and compared):
         return
-    config = teacher_from_pretrained(AutoConfig, recipe.teacher).get_text_config()
-    positions = getattr(config, "max_position_embeddings", recipe.data.max_length)
-    if recipe.data.max_length > positions:
-        raise RecipeError(f"data.max_length {recipe.data.max_length} is more than the teacher's {positions} positions")
-    teachers = config.vocab_size
+    teachers = teacher_from_pretrained(AutoConfig, recipe.teacher).get_text_config().vocab_size
     if teachers != student_vocabulary:
         raise RecipeError(
             f"objectives: {compared[0]} compares predictions over one vocabulary, and the teacher's has {teachers} "

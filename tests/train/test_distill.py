@@ -415,6 +415,19 @@ def test_a_model_with_too_few_positions_is_refused_before_anything_is_written(ru
     assert not list(tmp_path.glob("run*"))
 
 
+def test_a_teacher_with_too_few_positions_is_refused_before_anything_is_written(run, tmp_path):
+    with pytest.raises(RecipeError, match=r"max_length 65 is more than the teacher's 64 positions"):
+        run(data={"max_length": 65}, model={"config": {"max_position_embeddings": 128}})
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_embeddings_of_another_width_that_nothing_projects_are_refused(run, tmp_path):
+    narrow = {"init_from": "scratch", "config": {"hidden_size": 16}}
+    with pytest.raises(RecipeError, match=r"projection 'normed' leaves .* student's width 16 with the teacher's 32"):
+        run(projection="normed", model=narrow, objectives={"embedding_mse": 1.0, "forward_kl": 1.0})
+    assert not list(tmp_path.glob("run*"))
+
+
 def test_a_vocabulary_that_is_too_small_is_refused(run, tmp_path):
     with pytest.raises(RecipeError, match="vocab_size 20"):
         run(model={"config": {"vocab_size": 20}})

@@ -120,7 +120,7 @@ def _data_of(folder: Path) -> DataPart | None:
 
 def _own_splits(part: DataPart | None, data: str) -> dict[str, Any]:
     """What cut this data into the splits of a run, if it is the run's: another seed's test split was trained on."""
-    if part is None or part.source != data:
+    if part is None or not isinstance(part.source, str) or Path(part.source).resolve() != Path(data).resolve():
         return {}
     return part.model_dump(include={"name", "seed", "disjoint", "validation_size", "test_size"})
 

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -321,8 +322,7 @@ def _tune(job: Job, part: TeacherPart) -> PreTrainedModel:
         part,
         use_safetensors=True,
         dtype=torch.float32,
-        hidden_dropout_prob=part.dropout,
-        attention_probs_dropout_prob=part.dropout,
+        **dict.fromkeys(_dropouts(teacher_from_pretrained(AutoConfig, part)), part.dropout),
         **label_options(job.data.label_names),
     )
     if part.tune == "head":
@@ -340,6 +340,12 @@ def _tune(job: Job, part: TeacherPart) -> PreTrainedModel:
     )
     trainer.run(job.resume, "tune the teacher")
     return AutoModelForSequenceClassification.from_pretrained(folder / "model", use_safetensors=True)
+
+
+def _dropouts(config: PreTrainedConfig) -> list[str]:
+    """What this model calls dropout; a rate of None is another one's."""
+    numbers = [name for name, value in config.to_dict().items() if type(value) in (int, float)]
+    return [name for name in numbers if "dropout" in name or name.endswith("pdrop")]
 
 
 def label_options(label_names: list[str] | None) -> dict[str, Any]:

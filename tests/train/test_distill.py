@@ -7,7 +7,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertModel,
+    pipeline,
+)
 
 import snlp_zoo
 from snlp_zoo.data.batches import Tokenised, loader
@@ -200,6 +207,26 @@ def test_head_tuning_leaves_the_encoder_alone(run, own_cache, teacher_folder):
     before, after = tensors(teacher_folder), tensors(cached)
     same = {name for name in before if torch.equal(before[name], after[f"bert.{name}"])}
     assert same == {name for name in before if not name.startswith("pooler")}
+
+
+def test_a_teacher_is_tuned_with_the_dropout_asked_for_whatever_it_calls_it(
+    run, own_cache, teacher_folder, monkeypatch, tmp_path
+):
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64}
+    tokenizer, rates = AutoTokenizer.from_pretrained(teacher_folder), []
+    tokenizer.save_pretrained(tmp_path / "other")
+    DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "other")
+    real = Trainer.run
+
+    def noting(trainer, resume, label):
+        modules = trainer.distiller.student.modules()
+        rates.append({module.p for module in modules if isinstance(module, torch.nn.Dropout)})
+        return real(trainer, resume, label)
+
+    monkeypatch.setattr(Trainer, "run", noting)
+    own = {"name": str(tmp_path / "other"), "dropout": 0.25, "train": ONE_STEP}
+    run(train=ONE_STEP, model={"init_from": "scratch"}, teacher=own)
+    assert rates[0] == {0.25}
 
 
 def test_an_untuned_teacher_is_taken_as_it_is(run, own_cache, make_classifier):
@@ -585,6 +612,7 @@ def test_a_run_is_evaluated_on_its_own_test_split(run, data_folder, tmp_path):
     source = str(tmp_path / "alone")
     folder, summary = run(train=ONE_STEP, data={"source": source, "seed": 3, "disjoint": True, "test_size": 7})
     found = evaluate_checkpoint(str(folder), source)
+    assert evaluate_checkpoint(str(folder), f"{source}/./")["accuracy"] == found["accuracy"]
     assert found["examples"] == summary["test_examples"] == 7
     assert found["accuracy"] == summary["student_accuracy"]
     assert found["firing_rate"] == pytest.approx(summary["firing_rate"], abs=1e-6)

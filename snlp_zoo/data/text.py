@@ -230,7 +230,7 @@ def _hub_table(source: str, rows: Any, columns: Columns) -> Table:
 
 def _hidden(table: Table | None, label: str) -> bool:
     """Whether a test split keeps its labels to itself, as GLUE's do: every label is -1."""
-    return table is not None and all(row.get(label) in (-1, "-1") for row in table.rows)
+    return table is not None and all(row.get(label) in (-1, "-1", "-1.0") for row in table.rows)
 
 
 def carve(
@@ -329,8 +329,8 @@ def _label_code(table: Table, label: str | None, label_names: list[str] | None) 
         integers = [_integer(value) for value in values]
         if None not in integers:
             label_names = _integer_names(table, integers)
-        elif all(_is_number(value) for value in values):
-            return _number, None
+        elif all(_is_number(value, finite=False) for value in values):
+            return _number, None  # which names the row of one that is not finite
         else:
             label_names = sorted({str(value).strip() for value in values} - {""})
     if len(set(label_names)) < len(label_names):
@@ -371,9 +371,9 @@ def _integer(value: Any) -> int | None:
         return None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any, finite: bool = True) -> bool:
     try:
-        return math.isfinite(float(value))
+        return math.isfinite(float(value)) or not finite
     except (TypeError, ValueError):
         return False
 

@@ -264,16 +264,7 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
             teacher = teacher_from_pretrained(auto, part, use_safetensors=True, dtype=torch.float32, **eager)
         return teacher.to(accelerator.device).eval()
     if part.tune == "none":
-        teacher = teacher_from_pretrained(
-            AutoModelForSequenceClassification, part, use_safetensors=True, dtype=torch.float32, **eager
-        )
-        classes = len(label_names) if label_names else 1
-        if teacher.config.num_labels != classes:
-            raise RecipeError(
-                f"teacher {part.name!r} has {teacher.config.num_labels} classes, the data {classes}; let teacher.tune "
-                "be 'full' or 'head'"
-            )
-        return teacher.to(accelerator.device).eval()
+        return _untuned(part, label_names, **eager).to(accelerator.device).eval()
     cached = cache_folder() / "teachers" / _key(job, part)
     with tuned_by_one(cached, accelerator.is_main_process):
         wait_for_all(accelerator.num_processes)  # all find the same
@@ -284,6 +275,32 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
             accelerator.wait_for_everyone()
     teacher = AutoModelForSequenceClassification.from_pretrained(cached, use_safetensors=True, **eager)
     return teacher.to(accelerator.device).eval()
+
+
+def _untuned(part: TeacherPart, label_names: list[str] | None, **options: Any) -> PreTrainedModel:
+    """A teacher that already has a classifier for this task.
+
+    Raises:
+        RecipeError: it has none, or one of other classes, or of the same in another order.
+    """
+    classes, tune = len(label_names) if label_names else 1, "let teacher.tune be 'full' or 'head'"
+    if _gguf_source(part.name):
+        raise RecipeError(f"teacher {part.name!r} is a language model in a GGUF file, not a classifier; name another")
+    options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    teacher, found = teacher_from_pretrained(AutoModelForSequenceClassification, part, **options)
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise RecipeError(f"teacher {part.name!r} has no classifier (there is no {missing}); {tune}")
+    if teacher.config.num_labels != classes:
+        raise RecipeError(f"teacher {part.name!r} has {teacher.config.num_labels} classes, the data {classes}; {tune}")
+    theirs = [str(teacher.config.id2label[number]) for number in range(classes)]
+    own = [name.lower() for name in label_names or theirs]
+    if (lower := [name.lower() for name in theirs]) != own and sorted(lower) == sorted(own):
+        raise RecipeError(
+            f"teacher {part.name!r} has the classes {theirs}, the data {label_names}; give data.label_names the "
+            f"teacher's order, or {tune}"
+        )
+    return teacher
 
 
 @contextmanager

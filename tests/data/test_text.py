@@ -152,6 +152,7 @@ def test_read_set(tmp_path):
         ([("a", "1"), ("b", "2")], {}, r"data\.tsv: integer labels must be 0\.\.n-1, got 1, 2; renumber them"),
         ([("a", "x")], {"regression": True}, r"line 2: label 'x' is no finite number"),
         ([("a", "nan")], {"regression": True}, r"line 2: label 'nan' is no finite number"),
+        ([("a", "0.5"), ("b", "nan")], {}, r"line 3: label 'nan' is no finite number"),
     ],
 )
 def test_errors_name_place_value_and_remedy(tmp_path, rows, options, message):
@@ -208,6 +209,13 @@ def test_a_hub_regression(monkeypatch):
     )
     result = load_splits("corpus", name="sst2", text="sentence")
     assert (result.label_names, result.test.labels) == (None, [5.0, 2.5])
+
+
+def test_a_local_regression_with_hidden_test_labels(tmp_path):
+    write(tmp_path / "train.tsv", [(f"text {n}", str(n / 2)) for n in range(20)])
+    write(tmp_path / "dev.tsv", [("seen", "2.5")])
+    write(tmp_path / "test.tsv", [("hidden", "-1.0"), ("hidden, too", "-1.0")])
+    assert load_splits(str(tmp_path)).test == TextSet(["seen"], None, [2.5])
 
 
 def test_hub_errors(monkeypatch):

@@ -250,6 +250,22 @@ def test_an_untuned_teacher_of_another_task_is_refused(run, make_classifier):
         run(teacher={"name": str(make_classifier(3)), "tune": "none"})
 
 
+def test_an_untuned_teacher_without_a_classifier_is_refused(run):
+    with pytest.raises(RecipeError, match=r"no classifier \(there is no classifier.bias, classifier.weight\)"):
+        run(teacher={"tune": "none"})
+
+
+def test_an_untuned_teacher_with_the_classes_in_another_order_is_refused(run, make_classifier):
+    folder = make_classifier(2)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "POSITIVE", "1": "NEGATIVE"}, "label2id": {"POSITIVE": 0, "NEGATIVE": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    own = {"name": str(folder), "tune": "none"}
+    with pytest.raises(RecipeError, match=r"\['POSITIVE', 'NEGATIVE'\], the data \['negative', 'positive'\]"):
+        run(train=ONE_STEP, teacher=own)
+    run(train=ONE_STEP, teacher=own, data={"label_names": ["positive", "negative"]})
+
+
 def test_a_teacher_without_a_tokenizer_is_refused(run, teacher_folder, tmp_path):
     shutil.copytree(teacher_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "vocab*"))
     with pytest.raises(RecipeError, match="bare' has no tokenizer beside its weights"):

@@ -87,7 +87,7 @@ def _evaluate_language_model(
         texts = read_documents(data, text)
     else:
         own = _own_splits(part, data)
-        texts = load_documents(data, text=text, **{key: own[key] for key in ("name", "seed") if own}).test.texts
+        texts = load_documents(data, text=text, **{key: own[key] for key in ("name", "seed", "test_size") if own}).test.texts
     stream = make_stream(texts, tokenizer, separator)
     if (largest := int(stream.tokens.max())) >= model.config.vocab_size:
         raise CheckpointError(

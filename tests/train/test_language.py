@@ -415,6 +415,11 @@ def test_evaluation_puts_between_texts_what_training_did(speak, tmp_path, data_f
     assert own["perplexity"] != evaluate_checkpoint(str(folder), str(file), separator="<|endoftext|>")["perplexity"]
 
 
+def test_a_language_model_is_evaluated_on_its_own_test_split(speak, data_folder):
+    folder, summary = speak(data={"seed": 3, "test_size": 7})
+    assert evaluate_checkpoint(str(folder), str(data_folder))["tokens"] == summary["test_tokens"]
+
+
 def test_a_teacher_that_reads_less_than_a_crop(make_language, gpt2, tmp_path):
     changes = {"teacher": {"name": str(gpt2), "tune": "none"}, "tokenizer": None, "objectives": {"forward_kl": 1.0}}
     with pytest.raises(RecipeError, match=r"data\.max_length 4096 is more than the teacher's"):

@@ -116,7 +116,7 @@ def head_tail_kl(
         ("tail", tail, tail_weight, ~in_head),
     ):
         if weight is not None and not 0 <= weight < math.inf:
-            raise RecipeError(f"head_tail_kl: {name}_weight must be at least 0 and finite, got {weight}; null adapts it")
+            raise RecipeError(f"head_tail_kl: {name}_weight must be finite and at least 0, got {weight}")
         if direction not in directed:
             raise RecipeError(f"head_tail_kl: {name} must be 'forward' or 'reverse', got {direction!r}")
         # equal distributions: any weight will do

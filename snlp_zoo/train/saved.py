@@ -10,7 +10,7 @@ from snlp_zoo import hub, registry
 from snlp_zoo.data import load_documents, load_splits, read_documents, read_set
 from snlp_zoo.data.batches import loader, longest, tokenise
 from snlp_zoo.data.streams import crop_loader, make_stream
-from snlp_zoo.errors import CheckpointError, RecipeError
+from snlp_zoo.errors import CheckpointError, DataError, RecipeError
 from snlp_zoo.models.checkpoint import architecture, read_json
 from snlp_zoo.models.configuration import SpikingConfig
 from snlp_zoo.train.evaluation import evaluate, evaluate_through
@@ -65,7 +65,10 @@ def evaluate_checkpoint(
     if Path(data).is_file():
         texts = read_set(data, regression=names is None, **columns)
     else:
-        texts = load_splits(data, **columns, **_own_splits(_data_of(folder), data)).test
+        splits = load_splits(data, **columns, **_own_splits(_data_of(folder), data))
+        if splits.label_names != names:
+            raise DataError(f"{folder} gives numbers, and the labels of {data} are classes; name data of numbers")
+        texts = splits.test
     limit = longest(tokenizer, model.config)
     tokens = tokenise(tokenizer, texts, limit)
     if tokens.truncated:
@@ -87,7 +90,8 @@ def _evaluate_language_model(
         texts = read_documents(data, text)
     else:
         own = _own_splits(part, data)
-        texts = load_documents(data, text=text, **{key: own[key] for key in ("name", "seed", "test_size") if own}).test.texts
+        cut = {key: own[key] for key in ("name", "seed", "test_size") if own}
+        texts = load_documents(data, text=text, **cut).test.texts
     stream = make_stream(texts, tokenizer, separator)
     if (largest := int(stream.tokens.max())) >= model.config.vocab_size:
         raise CheckpointError(

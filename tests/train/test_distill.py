@@ -397,7 +397,7 @@ def test_a_metric_that_there_is_not(run, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_regression(run, make_data, metrics):
+def test_regression(run, make_data, metrics, data_folder):
     def rated(count, seed):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
@@ -417,6 +417,9 @@ def test_regression(run, make_data, metrics):
     model = snlp_zoo.load(folder)
     assert model.classifier.out_features == 1
     assert model.config.problem_type == "regression"
+    assert evaluate_checkpoint(str(folder), str(data))["pearson"] == pytest.approx(summary["student_pearson"])
+    with pytest.raises(DataError, match=r"gives numbers, and the labels of .* are classes"):
+        evaluate_checkpoint(str(folder), str(data_folder))
 
 
 @pytest.mark.parametrize(

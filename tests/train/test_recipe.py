@@ -380,7 +380,10 @@ def test_weight_decay_is_for_weights_alone():
         ("forward_kl: {temperature: 0}", "objectives.forward_kl: .*must be positive and finite, got 0"),
         ("reverse_kl: {temperature: -2}", "objectives.reverse_kl: .*got -2"),
         ("head_tail_kl: {temperature: .inf}", "objectives.head_tail_kl: .*got inf"),
-        ("head_tail_kl: {tail_weight: -1}", "objectives.head_tail_kl: .*tail_weight must be at least 0"),
+        (
+            "head_tail_kl: {tail_weight: -1}",
+            "objectives.head_tail_kl: .*tail_weight must be finite and at least 0, got -1",
+        ),
         ("cross_entropy: {label_smoothing: -0.1}", r"label_smoothing is a share, in \[0, 1\], got -0.1"),
     ],
 )

@@ -286,8 +286,8 @@ def _untuned(part: TeacherPart, label_names: list[str] | None, **options: Any) -
     classes, tune = len(label_names) if label_names else 1, "let teacher.tune be 'full' or 'head'"
     if _gguf_source(part.name):
         raise RecipeError(f"teacher {part.name!r} is a language model in a GGUF file, not a classifier; name another")
-    options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-    teacher, found = teacher_from_pretrained(AutoModelForSequenceClassification, part, **options)
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    teacher, found = teacher_from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **options)
     if found["missing_keys"]:
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise RecipeError(f"teacher {part.name!r} has no classifier (there is no {missing}); {tune}")

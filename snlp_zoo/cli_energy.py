@@ -232,10 +232,10 @@ def _model_and_batch(
             tokenizer = registry.load_tokenizer(folder)
     if not all(text.strip() for text in texts or []):
         raise EnergyError("--text is empty; give it at least one word")
-    if data is not None:
-        texts = [*(texts or []), *read_set(data, text=column, label=None).texts[:limit]]
     for number, one in enumerate(texts or [], start=1):
         refuse_half_pairs(one, f"text {number}")
+    if data is not None:
+        texts = [*(texts or []), *read_set(data, text=column, label=None).texts[:limit]]
     if texts:
         if tokenizer is None:
             raise EnergyError(f"{path_or_entry} has no tokenizer for texts; leave --text and --data out")

@@ -329,7 +329,7 @@ def _label_code(table: Table, label: str | None, label_names: list[str] | None) 
         integers = [_integer(value) for value in values]
         if None not in integers:
             label_names = _integer_names(table, integers)
-        elif all(_is_number(value, finite=False) for value in values):
+        elif all(_is_number(value) for value in values):
             return _number, None  # which names the row of one that is not finite
         else:
             label_names = sorted({str(value).strip() for value in values} - {""})
@@ -371,14 +371,15 @@ def _integer(value: Any) -> int | None:
         return None
 
 
-def _is_number(value: Any, finite: bool = True) -> bool:
+def _is_number(value: Any) -> bool:
     try:
-        return math.isfinite(float(value)) or not finite
+        float(value)
     except (TypeError, ValueError):
         return False
+    return True
 
 
 def _number(value: Any) -> float:
-    if not _is_number(value):
+    if not (_is_number(value) and math.isfinite(float(value))):
         raise ValueError("is no finite number; a regression needs one per row")
     return float(value)

@@ -97,7 +97,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
             cached = " (after a cache: those it has not read, or all of them with a mask as long)"
             raise ValueError(
                 f"{name}: there are no tokens to read, the input's shape is {tuple(given.shape)}; give at least one"
-                + cached * self._is_stateful
+                + (cached if self._is_stateful else "")
             )
         if ids is not None and look:
             table: Any = self.get_input_embeddings()

@@ -150,8 +150,7 @@ def check_positions(recipe: Recipe) -> None:
         RecipeError: it does not, or there is no such teacher.
     """
     if recipe.teacher:
-        config = teacher_from_pretrained(AutoConfig, recipe.teacher).get_text_config()
-        positions = getattr(config, "max_position_embeddings", recipe.data.max_length)
+        positions = getattr(_text_config(recipe.teacher), "max_position_embeddings", recipe.data.max_length)
         if recipe.data.max_length > positions:
             raise RecipeError(
                 f"data.max_length {recipe.data.max_length} is more than the teacher's {positions} positions; lower it"
@@ -165,7 +164,7 @@ def check_projection(recipe: Recipe, student_width: int) -> None:
         RecipeError: student and teacher differ in width, or there is no such teacher.
     """
     if recipe.teacher and recipe.projection == "normed" and "embedding_mse" in recipe.objectives:
-        width = teacher_from_pretrained(AutoConfig, recipe.teacher).get_text_config().hidden_size
+        width = _text_config(recipe.teacher).hidden_size
         if width != student_width:
             raise RecipeError(
                 f"projection 'normed' leaves embedded tokens as they are, and embedding_mse cannot compare the "
@@ -182,12 +181,17 @@ def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
     compared = [name for name in recipe.objectives if OBJECTIVES[name].unit == "logit"]
     if not (recipe.teacher and compared):
         return
-    teachers = teacher_from_pretrained(AutoConfig, recipe.teacher).get_text_config().vocab_size
+    teachers = _text_config(recipe.teacher).vocab_size
     if teachers != student_vocabulary:
         raise RecipeError(
             f"objectives: {compared[0]} compares predictions over one vocabulary, and the teacher's has {teachers} "
             f"tokens, the student's {student_vocabulary}; set model.config.vocab_size={teachers}"
         )
+
+
+def _text_config(part: TeacherPart) -> PreTrainedConfig:
+    """The configuration of the part of a teacher that reads text."""
+    return teacher_from_pretrained(AutoConfig, part).get_text_config()
 
 
 def augmented(job: Job) -> Job:

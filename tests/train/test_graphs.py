@@ -194,6 +194,44 @@ def test_replayed_gradients_of_a_causal_model(task, options):
     assert len(replayed.graphs) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("spikelm", {}),
+        ("spikelm", {"time_steps": 1}),
+        ("spikelm", {"weight_bits": 1.58}),
+        ("spikelm", {"neuron": "lif", "v_threshold": 0.25, "initializer_range": 0.2}),
+        ("spikingbert", {}),
+        ("spikingbert", {"weight_bits": 1}),
+        ("spikebert", {}),
+    ],
+)
+def test_replayed_gradients_of_an_encoder(family, options):
+    torch.manual_seed(0)
+    student, teacher = snlp_zoo.build(f"{family}_tiny", **options), snlp_zoo.build("spikelm_tiny")
+    objectives = {"forward_kl": {}, "cross_entropy": {}, "hidden_mse": {}}
+    distiller = Distiller(student, teacher, objectives).train().cuda()
+    replayed = ReplayedSteps(distiller, lambda batch: differentiated(distiller, batch)[0])
+    mask = (torch.arange(13) < torch.tensor([[13], [9], [4]])).long()
+
+    def draw():
+        batch = {"input_ids": torch.randint(1, 120, (3, 13)) * mask, "attention_mask": mask}
+        batch = padded(batch | {"labels": torch.tensor([0, 1, 0])}, *distiller.configs)
+        return {name: values.cuda() for name, values in batch.items()}
+
+    distiller(draw())  # amplitudes are measured once
+    for _ in range(4):
+        batch, kept = draw(), {name: value.clone() for name, value in distiller.state_dict().items()}
+        expected = differentiated(distiller, batch)
+        distiller.load_state_dict(kept)  # and may move with what comes next
+        losses = replayed(batch).clone()
+        gradients = {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
+        torch.testing.assert_close((losses, gradients), expected, rtol=1e-3, atol=1e-5)
+        assert all(gradient.any() for gradient in gradients.values())
+    assert len(replayed.graphs) == 1
+
+
 def test_on_a_cpu_nothing_changes(run, trained):
     folder, _ = run(train={"cuda_graphs": True}, teacher={"train": {"cuda_graphs": False}})
     for name in ("metrics.jsonl", "model/model.safetensors"):

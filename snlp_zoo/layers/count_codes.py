@@ -111,9 +111,12 @@ def encode(counts: Tensor, code: str, time_steps: int | None = None, levels: int
     """All steps of `trains`, [T, ...]; without time_steps as many as the largest of the counts takes.
 
     Raises:
-        ValueError: unknown code, levels below 2, numbers that are not whole, or negative ones where signed is False.
+        ValueError: unknown code, levels below 2, numbers that are not whole, negative ones where signed is False, or an
+            odd number of steps of signed unary, one half of which are for negative counts.
     """
     check_code(code, levels)
+    if code == "unary" and signed and time_steps and time_steps % 2:
+        raise ValueError(f"signed unary takes an even number of steps, half of them for each sign, got {time_steps}")
     wrong = counts[(counts != counts.round()) | counts.isinf()] if counts.is_floating_point() else counts[:0]
     if wrong.numel():
         raise ValueError(f"spike codes are of whole numbers, got {wrong[0].item():g}")

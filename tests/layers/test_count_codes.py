@@ -121,6 +121,8 @@ def test_errors():
         encode(torch.tensor([float("nan")]), "bitwise")
     with pytest.raises(ValueError, match="whole numbers, got inf"):
         encode(torch.tensor([float("inf")]), "bitwise")
+    with pytest.raises(ValueError, match=r"signed unary takes an even number of steps, .*, got 3"):
+        encode(SPEC, "unary", time_steps=3)
     count_codes.check_code("bitwise", 1)  # it has no levels
 
 

@@ -55,7 +55,7 @@ class Coding:
             generator: what random codes draw from, on the device of z; the others draw nothing.
         """
         self._check_range(z)
-        spikes = self._spikes(_at_least_float32(z.detach()), generator).to(z.dtype)
+        spikes = self._spikes(z.detach(), generator).to(z.dtype)
         expected = self._expected(z)
         return spikes + (expected - expected.detach())
 
@@ -114,6 +114,7 @@ class Bernoulli(Coding):
     """Each step spikes with probability z; decoded, the variance is z (1 - z) / T."""
 
     def _spikes(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
+        z = _at_least_float32(z)
         uniform = torch.rand((self.time_steps, *z.shape), dtype=z.dtype, device=z.device, generator=generator)
         return uniform < self._expected(z)
 
@@ -151,9 +152,9 @@ class TimeToFirstSpike(Coding):
 
     def _spikes(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
         last = self.time_steps - 1
-        rounding = torch.finfo(z.dtype).eps * last  # z may be a rounded level
-        step = last - (z * last + rounding).floor()
-        return (self._steps(z) - 1 == step) & (z > 0)
+        value = _at_least_float32(z) * last * (1 + torch.finfo(z.dtype).eps)  # z may be a rounded level
+        step = last - value.floor().clamp_max(last)
+        return (self._steps(step) - 1 == step) & (z > 0)
 
 
 class MultiLevel(Coding):
@@ -184,7 +185,7 @@ class MultiLevel(Coding):
             self.weights = [levels ** (time_steps - 1 - step) for step in range(time_steps)]
 
     def _spikes(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
-        n = (z * self.scale).round()
+        n = (_at_least_float32(z) * self.scale).round()
         if not self.positional:
             return self._spread(n.long())
         weights = torch.tensor(self.weights, device=z.device).view(-1, *(1,) * z.ndim)
@@ -287,13 +288,14 @@ def last_membrane(current: Tensor, leak: float = 1.0) -> Tensor:
         current: [T, ...], float32 inside.
         leak: share of the membrane kept from step to step, in (0, 1].
     Returns:
-        [...], unit of current.
+        [...], unit of current; of whole numbers or bool, as spikes may be, float32.
     """
     if not 0 < leak <= 1:
         raise ValueError(f"leak must be in (0, 1], got {leak}; 1 keeps the whole membrane")
     x = _at_least_float32(current)
     powers = leak ** torch.arange(len(x) - 1, -1, -1, dtype=x.dtype, device=x.device)
-    return (powers.view(-1, *(1,) * (x.ndim - 1)) * x).sum(0).to(current.dtype)
+    v = (powers.view(-1, *(1,) * (x.ndim - 1)) * x).sum(0)
+    return v.to(current.dtype) if current.is_floating_point() else v
 
 
 def count_and_residual(spikes: Tensor, v: Tensor, v_threshold: float = 1.0) -> Tensor:

@@ -132,6 +132,15 @@ def test_first_spike_times_are_the_formula_and_larger_values_come_earlier(time_s
     assert times[-1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("time_steps", [4, 8, 12])
+def test_first_spike_times_of_levels_that_half_precision_rounds(time_steps, dtype):
+    coding = TimeToFirstSpike(time_steps)
+    levels = levels_of(coding).to(dtype)
+    assert torch.equal(coding.decode(coding.encode(levels)), levels)
+    assert TimeToFirstSpike(500).encode(torch.ones(1, dtype=dtype))[0] == 1
+
+
 def test_only_the_first_spike_is_read():
     spikes = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], requires_grad=True)
     value = TimeToFirstSpike(5).decode(spikes)
@@ -298,6 +307,7 @@ def test_the_membrane_of_a_readout_by_hand():
     current = torch.tensor([1.0, 2.0, 4.0])
     assert last_membrane(current).item() == 7
     assert last_membrane(current, leak=0.5).item() == 0.25 + 1 + 4
+    assert last_membrane(torch.tensor([True, True, False]), leak=0.5).item() == 0.75
     with pytest.raises(ValueError, match=r"leak must be in \(0, 1\], got 0"):
         last_membrane(current, leak=0)
 

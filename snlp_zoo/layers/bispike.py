@@ -51,6 +51,7 @@ class SpikingLinear(BitLinear):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [T, B, N, in_features] real, mask [B, N] (1 for real tokens) -> [T, B, N, out_features]."""
         self.refuse_training()
+        self.check_width(x)
         if not isinstance(self.neuron, ElasticBiSpike):
             return super().forward(self.neuron(x, from_rest=True, mask=mask))
         if x.shape[0] != self.neuron.time_steps:
@@ -66,7 +67,7 @@ class SpikingLinear(BitLinear):
             low_bit = self.bits != 32
             return spike_linear(spikes, amplitude, self.quantised_weight(), self.bias, bits=2, low_bit=low_bit)
         signs, scale = quantise(self.weight, self.bits, centred_scale=self.centred_scale)
-        y = linear(spikes.sign(), signs).mul_((amplitude * scale).view(-1, 1, 1, 1))
+        y = linear(spikes.sign(), signs).mul_((amplitude * scale).view(-1, *(1,) * (x.ndim - 1)))
         return y if self.bias is None else y.add_(self.bias)
 
     def _packed_product(self, neuron: ElasticBiSpike, x: Tensor) -> Tensor:

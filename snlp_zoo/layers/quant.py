@@ -35,7 +35,7 @@ class BitLinear(nn.Linear):
     State that is saved: `weight`; packed in its place `weight_packed`, uint8 [out_features, bytes], and `weight_scale`,
         a single float32 in a model of any dtype. `bias` stays.
     Raises:
-        ValueError: unknown bits, or packed at 32 bits.
+        ValueError: unknown bits, packed at 32 bits, or an input of another width.
         RuntimeError: a packed layer is called in training mode or differentiated.
     """
 
@@ -87,9 +87,17 @@ class BitLinear(nn.Linear):
                 f"{type(self).__name__}: packed weights cannot be trained; call .eval(), or train the unpacked model"
             )
 
+    def check_width(self, x: Tensor) -> None:
+        """What `linear` checks of itself: in packed weights, the last byte may have room for other widths."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__}: x must be [..., {self.in_features}], as in_features says, got {tuple(x.shape)}"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         self.refuse_training()
+        self.check_width(x)
         if self.packed:
             return bit_linear(x, self.weight_packed, self.weight_scale, self.bias, bits=self.bits)
         return linear(x, self.quantised_weight(), self.bias)
@@ -196,7 +204,7 @@ class SignEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> -1 or 1, [..., width]."""
         signs = unpack_weight(self.weight_packed[ids.flatten()], 1, self.embedding_dim)
-        return signs.view(*ids.shape, -1) * self.weight_scale
+        return signs.view(*ids.shape, self.embedding_dim) * self.weight_scale
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

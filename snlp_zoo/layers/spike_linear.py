@@ -169,6 +169,7 @@ class SpikeLinear(BitLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         self.refuse_training()
+        self.check_width(x)
         wanted = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if self.mode == "spikes":
             y = self._by_spikes(x)

@@ -10,9 +10,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 
 import snlp_zoo
 from snlp_zoo.errors import CheckpointError
-from snlp_zoo.layers import BitLinear, SpikingLinear, make_linear, pack
+from snlp_zoo.layers import BitLinear, SpikeLinear, SpikingLinear, make_linear, pack
 from snlp_zoo.layers.firing import firing_rates_recorded
-from snlp_zoo.layers.quant import Int8Embedding
+from snlp_zoo.layers.quant import Int8Embedding, SignEmbedding
 from snlp_zoo.ops import bit_linear as ops
 from snlp_zoo.ops.bit_linear import quantise
 from snlp_zoo.registry import build
@@ -91,6 +91,24 @@ def test_packed_linear_gives_the_same(bits, bias):
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(fresh(x), layer(x))
     assert f"bits={bits}, packed=True" in repr(layer)
+
+
+@every_bits
+@pytest.mark.parametrize("kind", [BitLinear, SpikeLinear, SpikingLinear])
+def test_packed_layers_refuse_another_width_of_as_many_bytes(kind, bits):
+    layer = kind(8, 4, bits=bits, packed=True).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"x must be \[\.\.\., 8\], .* got \(4, 1, 2, 7\)"):
+        layer(torch.randn(4, 1, 2, 7))
+
+
+@every_bits
+def test_spiking_linear_takes_any_axes_behind_time(bits):
+    x, layer = torch.randn(4, 2, 6, 5), spiking(bits)
+    for packed in (False, True):
+        if packed:
+            layer.pack()
+        with torch.no_grad():
+            assert torch.equal(layer(x.flatten(1, 2)), layer(x).flatten(1, 2))
 
 
 @every_bits
@@ -211,6 +229,12 @@ def test_int8_embedding_of_a_zero_row():
     layer = Int8Embedding.from_table(torch.tensor([[0.0, 0.0], [1.0, -0.5]]))
     torch.testing.assert_close(layer(torch.tensor([0, 1])), torch.tensor([[0.0, 0.0], [1.0, -0.5]]), rtol=0, atol=4e-3)
     assert "2, 2" in repr(layer)
+
+
+def test_embeddings_of_no_ids():
+    ids = torch.zeros(2, 0, dtype=torch.long)
+    for kind in (Int8Embedding, SignEmbedding):
+        assert kind.from_table(torch.randn(3, 4))(ids).shape == (2, 0, 4)
 
 
 def test_sizes_on_disk(tmp_path):

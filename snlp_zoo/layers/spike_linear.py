@@ -229,35 +229,40 @@ class SpikeLinear(BitLinear):
         else:
             spiked = self.spiked(x)
             counts, threshold = self._in_thresholds(spiked).to(x.dtype), spiked.threshold
-        product, scale = self._sums()
+        product, scale = self._sums(x.dtype)
         return self._scaled(product(counts), threshold, scale)
 
     @torch.no_grad()
     def _by_spikes(self, x: Tensor) -> Tensor:
         spiked = self.spiked(x)
-        product, scale = self._sums()
         total = torch.zeros_like(spiked.threshold)
-        for weight, spikes in self.spike_trains(spiked.counts):
-            if self.extra_bits is not None:  # a spike of a salient channel is worth a part of the others'
-                spikes = spikes * torch.exp2(-self.extra_bits.to(spikes.dtype))
-            total = total + weight * product(spikes.to(x.dtype)).to(total.dtype)
-        if spiked.zero_point is not None:
-            total = total + product(spiked.zero_point.to(x.dtype).expand_as(x)).to(total.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # sums of whole numbers: half precision is too narrow
+            product, scale = self._sums(total.dtype)
+            for weight, spikes in self.spike_trains(spiked.counts):
+                if self.extra_bits is not None:  # a spike of a salient channel is worth a part of the others'
+                    spikes = spikes * torch.exp2(-self.extra_bits.to(spikes.dtype))
+                total = total + weight * product(spikes)
+            if spiked.zero_point is not None:
+                total = total + product(spiked.zero_point.expand_as(x))
         return self._scaled(total, spiked.threshold, scale).to(product_dtype(x))
 
     def spike_trains(self, counts: Tensor) -> Iterator[tuple[int, Tensor]]:
         """`count_codes.trains` of this layer's code."""
         return count_codes.trains(counts, self.code, self.time_steps(counts), self.levels, self.symmetric)
 
-    def _sums(self) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-        """The product with weights, and what it must be scaled by: sums of whole numbers are exact before that."""
+    def _sums(self, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+        """The product with weights, for inputs in `dtype`, and what it must be scaled by: sums of whole numbers are
+        exact before that.
+        """
         if self.packed:
             codes, one = self.weight_packed, torch.ones_like(self.weight_scale)
             return lambda x: bit_linear(x, codes, one, bits=self.bits), self.weight_scale
         if self.bits == 8:
-            return lambda x: linear(x, self.weight_int8.to(x.dtype)), self.weight_scale
+            whole = self.weight_int8.to(dtype)
+            return lambda x: linear(x, whole), self.weight_scale
         matrix, scale = (self.weight, None) if self.bits == 32 else quantise(self.weight, self.bits)
-        return lambda x: linear(x, matrix.mT if self.transposed else matrix), scale
+        matrix = (matrix.mT if self.transposed else matrix).to(dtype)
+        return lambda x: linear(x, matrix), scale
 
     def _scaled(self, y: Tensor, threshold: Tensor, scale: Tensor | None) -> Tensor:
         y = y.mul_(threshold if scale is None else threshold * scale)

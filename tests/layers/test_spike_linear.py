@@ -214,7 +214,8 @@ def test_thresholds_are_float32_where_inputs_are_narrow():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes_and_autocast_stay_near_float64(dtype):
     x = inputs(4, 8) / 100
-    for options in ({}, {"symmetric": False}, {"salient": True}, {"mode": "spikes"}):
+    spikes = {"mode": "spikes"}
+    for options in ({}, {"symmetric": False}, {"salient": True}, spikes, spikes | {"symmetric": False}):
         layer = made(**options)
         layer.weight.data *= 40_000  # sums of counts then leave float16, the outputs do not
         with torch.no_grad():
@@ -226,6 +227,23 @@ def test_narrow_dtypes_and_autocast_stay_near_float64(dtype):
         for y in (mixed, narrow):
             assert y.dtype == dtype
             assert (y.double() - exact).norm() / exact.norm() < 0.02, options
+
+
+@pytest.mark.parametrize("bits", [32, 8, 1.58])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_spikes_of_narrow_dtypes_lose_nothing_to_a_zero_point(dtype, bits):
+    layer = SpikeLinear(4096, OUT, mode="spikes", symmetric=False)
+    layer.weight.data = layer.weight.data.add_(0.02).to(dtype).float()
+    layer.to_bits(bits)
+    x = torch.randn(4, 4096).to(dtype)
+    x[:, 0] = -40  # far below: sums over all channels of its count are large, and cancel
+    with torch.no_grad():
+        exact = layer.double()(x.double())
+        narrow = layer.to(dtype)(x)
+        with torch.autocast("cpu", dtype):
+            mixed = layer.float()(x.float())
+    for y in (narrow, mixed):
+        assert (y.double() - exact).norm() / exact.norm() < 0.01
 
 
 def test_many_spikes_reproduce_the_dense_layer():

@@ -27,8 +27,9 @@ class ElasticBiSpike(ExplicitState, neuron.BaseNode):
         firing_k: amplitude in units of mean|m|; the firing threshold is half of it. Larger is sparser.
         beta: share of the membrane kept by a neuron that did not fire; 0 is memoryless.
         reset: "symmetric" or "reference" (the released recursion), see `ops.elastic_bispike`.
-        alpha_mode: "first_batch" freezes the first measurement (as released), "ema" follows with `momentum`,
-            "learned" starts from it and trains alpha by the LSQ gradient, scaled by 1 / sqrt(elements).
+        alpha_mode: "first_batch" freezes the first measurement (as released), "ema" follows with `momentum` (called
+            with from_rest=True, within `amplitudes_updated` only), "learned" starts from it and trains alpha by the LSQ
+            gradient, scaled by 1 / sqrt(elements).
         momentum: share of the old amplitude kept per training batch in mode "ema".
         step_mode, store_v_seq, backend: as in `LIFNode`.
     State that is saved: `alpha` [T] (a parameter in mode "learned", else a buffer), `initialized` (has alpha been

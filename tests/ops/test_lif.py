@@ -244,6 +244,7 @@ def test_unlearned_input_saves_nothing(saved_for_backward):
         ((), (), {}, ValueError, "at least one time step"),
         ((4, 3), (3,), {"tau": 0.5}, ValueError, "must be at least 1, got 0.5"),
         ((4, 3), (3,), {"tau": math.nan}, ValueError, "must be at least 1, got nan"),
+        ((4, 3), (3,), {"v_threshold": torch.ones(3)}, ValueError, "v_threshold is a number, got a tensor"),
         ((4, 3), (3,), {"tau": torch.ones(2)}, ValueError, r"tau \(2,\) must broadcast to current without T \(3,\)"),
         ((4, 3), (3,), {"tau": torch.ones(1, 3)}, ValueError, r"tau \(1, 3\) must broadcast"),
         ((4, 3), (3,), {"surrogate": Surrogate("atan", torch.ones(2))}, ValueError, r"alpha \(2,\) must broadcast to"),

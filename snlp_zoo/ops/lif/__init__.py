@@ -51,10 +51,10 @@ def lif(
         LIFOutput: spikes [T, ...] in {0, 1}, v [...] after step T-1 (float32 for half inputs).
         One call over T steps equals two calls over its halves with the state passed on.
     Raises:
-        ValueError: shapes disagree, T is 0, tau < 1, or a dtype does not fit.
+        ValueError: shapes disagree, T is 0, tau < 1, v_threshold is a tensor, or a dtype does not fit.
         BackendError: the named backend cannot run here.
     """
-    _check(current, v_init, tau, spike_dtype)
+    _check(current, v_init, tau, v_threshold, spike_dtype)
     surrogate = as_surrogate(surrogate)
     chosen = _resolve(backend, current, surrogate)
     state = torch.promote_types(current.dtype, torch.float32)  # half precision would shift spikes over T
@@ -93,8 +93,12 @@ def _period(leak: Tensor, step: torch.Size) -> Tensor:
     return leak.expand(step[len(step) - leak.ndim :])
 
 
-def _check(current: Tensor, v_init: Tensor | None, tau: float | Tensor, spike_dtype: torch.dtype | None) -> None:
+def _check(
+    current: Tensor, v_init: Tensor | None, tau: float | Tensor, v_threshold: float, spike_dtype: torch.dtype | None
+) -> None:
     check_steps("lif", current, v_init)
+    if isinstance(v_threshold, Tensor):
+        raise ValueError("lif: v_threshold is a number, got a tensor, which would have no gradient")
     if isinstance(tau, Tensor):
         _check_broadcast("tau", tau, current)
     elif not tau >= 1:

@@ -157,6 +157,8 @@ def calibrate(
     Raises:
         ConversionError: no layer to convert, unknown targets, a conversion of a converted model, or no batches.
     """
+    if isinstance(batches, Mapping):
+        raise ConversionError("calibrate: batches are several, each a mapping, but got a mapping; give [batch] for one")
     if is_converted(model):
         if conversion is not None:
             raise ConversionError("calibrate: the model is converted already; leave conversion out")

@@ -43,7 +43,7 @@ def equalise(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     Returns:
         Number of inputs that were equalised.
     Raises:
-        ConversionError: no such layers, a converted model, or the model would compute something else.
+        ConversionError: no such layers, a converted model, or the model computes something else now: load it again.
     """
     if is_converted(model):
         raise ConversionError(f"equalise: this {type(model).__name__} is converted already; equalise the dense model")

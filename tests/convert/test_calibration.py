@@ -127,6 +127,7 @@ def test_bfloat16_is_measured_in_float32(layer, inputs):
     ("model", "arguments", "message"),
     [
         (nn.LayerNorm(4), ([torch.zeros(1, 4)],), "has no linear layer"),
+        (nn.Sequential(nn.Linear(4, 4)), ({"input": torch.zeros(1, 4)},), r"got a mapping; give \[batch\] for one"),
         (nn.Sequential(nn.Linear(4, 4)), ([],), "no layer has seen a token; give at least one batch"),
         (
             nn.Sequential(nn.Linear(4, 4)),

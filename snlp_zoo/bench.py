@@ -1,6 +1,6 @@
 """How fast the neurons run here: every backend against the plain loop, torch.compile of it, and SpikingJelly's neuron.
 
-Each row is one forward and backward from rest. Nothing is timed before it equals the reference loop on the same input:
+Each row is one forward and backward from rest. No backend is timed before it equals the reference loop on its input:
 spikes exactly, gradients within rounding. Inputs rotate through more memory than the cache holds; times are medians.
 On a GPU `kernels` is a replayed CUDA graph, so launches cost nothing, and `bandwidth` compares it with copying: the
 bytes that have to move (current, spikes and their gradients, flags) at the speed of the fastest plain copy.

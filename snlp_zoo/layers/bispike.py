@@ -20,8 +20,8 @@ class SpikingLinear(BitLinear):
     Parameters are those of `torch.nn.Linear`, so dense weights load by name. Behind elastic neurons the backward keeps
     two bits per spike, and low-bit weights are summed by the signs of spikes, exactly, wherever no gradient is wanted
     and outputs are float32: packed and unpacked layers then give the same numbers. Elastic amplitudes follow the
-    training batches where the network's forward runs within `layers.neurons.amplitudes_updated(network)`, as our models'
-    does; elsewhere they stay what the first batch measured.
+    training batches where the network's forward runs within `layers.neurons.amplitudes_updated(network)`, as those of
+    our models do; elsewhere they stay what the first batch measured.
 
     Args:
         in_features, out_features, bias, bits, packed: as in `BitLinear`.

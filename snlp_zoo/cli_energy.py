@@ -105,6 +105,7 @@ def pareto(
     time_steps: Annotated[str, typer.Option(help="T, separated by commas.")] = "1,2,4,8",
     thresholds: Annotated[str, typer.Option(help="Factors of the trained thresholds, separated by commas.")] = "1",
     text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    text_pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
     label: Annotated[str, typer.Option(help="Column of the label.")] = "label",
     limit: Annotated[int | None, typer.Option(help="Score this many texts only.", min=1)] = None,
     costs: CostsOption = "horowitz45",
@@ -117,15 +118,16 @@ def pareto(
     from snlp_zoo import hub, registry
     from snlp_zoo import plots as figures
     from snlp_zoo.data import read_set
-    from snlp_zoo.pareto import front
+    from snlp_zoo.pareto import check_model, front
     from snlp_zoo.pareto import pareto as run
 
     if output is not None:
         figures.check_ending(output)
     folder = hub.find_checkpoint(path_or_entry)
     model, tokenizer = registry.load_classifier(folder), registry.load_tokenizer(folder)
-    kind: dict[str, Any] = {"label_names": model.config.label_names, "regression": model.config.num_labels == 1}
-    texts = read_set(data, text=text, label=label, **kind).subset(limit, seed=0)
+    check_model(model)
+    columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label}
+    texts = read_set(data, **columns, label_names=model.config.label_names).subset(limit, seed=0)
     options: dict[str, Any] = {
         "time_steps": _numbers("--time-steps", time_steps, int),
         "thresholds": _numbers("--thresholds", thresholds, float),

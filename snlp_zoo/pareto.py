@@ -16,6 +16,7 @@ from snlp_zoo.energy import CostTable, Memory, estimate
 from snlp_zoo.errors import EnergyError
 from snlp_zoo.layers import ElasticBiSpike
 from snlp_zoo.layers.neurons import BaseNode
+from snlp_zoo.models.converted import is_converted
 
 ENERGY_TEXTS = 8  # texts whose operations are counted; all are scored
 
@@ -56,6 +57,17 @@ def varied(model: PreTrainedModel, time_steps: int, threshold: float = 1.0) -> P
     return made
 
 
+def check_model(model: PreTrainedModel) -> None:
+    """Raises EnergyError for a model that has no accuracy, or no steps and thresholds that can be varied."""
+    if model.config.num_labels == 1:
+        raise EnergyError(f"{type(model).__name__} predicts a number, which has no accuracy; use a model of classes")
+    if is_converted(model):
+        raise EnergyError(
+            f"{type(model).__name__} is converted, and its spikes have neither a T of its own nor trained thresholds; "
+            "convert it anew with another threshold_scale or max_count"
+        )
+
+
 def pareto(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,10 +88,9 @@ def pareto(
         time_steps, threshold, accuracy, firing_rate, pj_per_token, ratio (dense_fp32 with memory / spiking),
         spike_driven_fraction, ms_per_text (this machine's, in batches).
     Raises:
-        EnergyError: as `varied`, or the model is a regression.
+        EnergyError: as `varied` and `check_model`.
     """
-    if model.config.num_labels == 1:
-        raise EnergyError(f"{type(model).__name__} predicts a number, which has no accuracy; use a model of classes")
+    check_model(model)
     limit = longest(tokenizer, model.config)
     tokens = tokenise(tokenizer, texts, limit)
     batches = list(loader(tokens, tokenizer, batch_size, shuffle=False, drop_last=False))

@@ -100,6 +100,23 @@ def test_a_regression_has_no_accuracy(trained):
         run("pareto", "model", "--data", "test.tsv")
 
 
+@pytest.mark.parametrize("trained", ["spiking_minilm_tiny"], indirect=True)
+def test_a_converted_model_has_no_steps_to_vary(trained):
+    with pytest.raises(EnergyError, match="is converted, and its spikes have neither a T"):
+        run("pareto", "model", "--data", "test.tsv")
+
+
+def test_pareto_reads_pairs(trained):
+    (trained / "pairs.tsv").write_text("text\tother\tlabel\na film\tdull\t1\nfine\ta fine film\t0\n")
+    rows = [
+        json.loads(run("pareto", "model", "--data", "pairs.tsv", "--time-steps", "2", "--json", *more))["rows"][0]
+        for more in ([], ["--text-pair", "other"])
+    ]
+    assert rows[0]["pj_per_token"] != rows[1]["pj_per_token"]
+    with pytest.raises(DataError, match="no column 'second'"):
+        run("pareto", "model", "--data", "pairs.tsv", "--text-pair", "second")
+
+
 def test_verify_exits_with_one_when_a_claim_fails(trained):
     assert "every claim holds" in run("verify", "model")
     found = json.loads(run("verify", "model", "--text", "a fine film", "--json"))

@@ -202,7 +202,7 @@ class Counting(BaseCounter):
         row = self.row(name, "matmul", timed)
         row.kind = " x ".join(tag.kind for tag in tags)
         row.spike_driven |= made.spike_driven
-        for key in ("nnz", "elements", "ac", "mac", "dense"):
+        for key in ("nnz", "sizes", "elements", "ac", "mac", "dense"):
             setattr(row, key, getattr(row, key) + getattr(made, key))
         row.counts.update(made.counts)
         row.alternative.update(made.alternative)

@@ -11,13 +11,14 @@ from snlp_zoo.energy.kinds import Tag
 
 @dataclass
 class Product:
-    """counts, alternative, nnz, elements, ac, mac, dense, fan_in, fan_out, spike_driven as in `counting.Row`."""
+    """counts, alternative, nnz, sizes, elements, ac, mac, dense, fan_in, fan_out, spike_driven as in `rows.Row`."""
 
     nnz: int
     elements: int
     dense: int
     fan_in: int
     fan_out: int
+    sizes: int = 0
     ac: int = 0
     mac: int = 0
     spike_driven: bool = False
@@ -63,6 +64,7 @@ def product(a: Tensor, b: Tensor, left: Tag, right: Tag) -> Product:
         made.mac = made.dense
         made.counts.update({"mul": made.mac, "add": made.mac})
     if tag.kind == "integer" and not gated:
+        made.sizes = int(focus.abs().sum())
         _multiply_instead(made, focus, a, b, tag is left, integer="iadd" in made.counts)
     return made
 

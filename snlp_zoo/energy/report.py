@@ -302,7 +302,10 @@ def _codes(model: nn.Module, rows: list[Row], counter: Counting) -> dict[str, An
 
 
 def _norm_ops(driven: list[Row], steps: int) -> float:
-    """Sum of IFR_i OPS_(i+1) over sum of OPS_i, linear layers with spiking inputs only (Lu and Sengupta 2020)."""
+    """Sum of IFR_i OPS_(i+1) over sum of OPS_i, linear layers with spiking inputs only (Lu and Sengupta 2020).
+
+    An integer is as many spikes as were added up to it.
+    """
     linear = [row for row in driven if row.weight_bits and (row.timed or steps == 1)]
     operations = sum(row.dense for row in linear) / steps
     return sum((row.sizes or row.nnz) * row.fan_out for row in linear) / operations if operations else 0.0

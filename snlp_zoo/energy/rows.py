@@ -17,8 +17,8 @@ class Row:
     no weights); spike trains and real operands that are moved: (kind, "words" or "events" or "address_bits") -> how
     many; bytes of a gather.
     Of layers with a code of whole numbers (`codes`) elements are those numbers, each of which takes several spikes;
-    sizes: of these spikes, added up, for so many accumulates per output; steps: their T, all texts together; state:
-    words of potentials and sums, each read and written.
+    sizes: of these spikes, or of integers, added up, for so many accumulates per output; steps: their T, all texts
+    together; state: words of potentials and sums, each read and written.
     """
 
     name: str

@@ -111,6 +111,15 @@ def test_norm_ops_is_spikes_per_neuron_weighted_by_operations(report, model_of):
     assert report.norm_ops_ratio == pytest.approx(5.1 / report.norm_ops)
 
 
+def test_norm_ops_of_a_residual_counts_every_spike_in_it(model_of, batch_of):
+    report = estimate(model_of("spikebert_tiny"), batch_of(9))
+    linear = [layer for layer in report.layers if layer["kind"] in ("binary x real", "integer x real")]
+    assert any(layer["ac"] > layer["nnz"] * 64 for layer in linear if layer["kind"] == "integer x real")
+    c = model_of("spikebert_tiny").config
+    D, F, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
+    assert report.norm_ops == pytest.approx(sum(layer["ac"] for layer in linear) / (9 * L * (4 * D * D + 2 * D * F)))
+
+
 def test_memory_models(model_of, batch_of):
     model, batch = model_of("spikelm_tiny"), batch_of(9)
     found = {name: estimate(model, batch, memory=name) for name in ("none", "sram", "dram")}

@@ -19,18 +19,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["SnlpError", "build", "find_checkpoint", "list_entries", "load", "publish"]
 
-if (_mismatch := torchvision_mismatch()) is None:
-    from snlp_zoo import hub, registry
+if (_problem := torchvision_mismatch()) is None:
+    try:
+        from snlp_zoo import hub, registry
 
-    registry.register()
-else:  # transformers itself cannot be imported; `snlp-zoo doctor` still can say so
-    warnings.warn(_mismatch, ImportWarning, stacklevel=2)
+        registry.register()
+    except (ImportError, OSError) as error:  # a package is missing, broken or too old
+        _problem = f"snlp_zoo cannot be loaded: {error}; 'snlp-zoo doctor' shows what is installed"
+if _problem is not None:  # `snlp-zoo doctor` still can say so
+    warnings.warn(_problem, ImportWarning, stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:
-    """Public names of the registry and the hub, which exist only where transformers can be imported."""
+    """Public names of the registry and the hub, which exist only where torch and transformers can be imported."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _mismatch is not None:
-        raise ImportError(_mismatch)
+    if _problem is not None:
+        raise ImportError(_problem)
     return getattr(hub if name in hub.__all__ else registry, name)

@@ -68,6 +68,11 @@ def examine() -> dict[str, Any]:
         return report
     from snlp_zoo.ops.backend import explain
 
+    if problem is None:
+        try:
+            import snlp_zoo.registry  # noqa: F401  (everything else that models need)
+        except (ImportError, OSError) as error:
+            report["problems"].append(f"models cannot be imported: {error}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report["devices"] = {"cpu_threads": torch.get_num_threads(), "cuda": gpus}
     device = torch.device("cuda" if gpus else "cpu")

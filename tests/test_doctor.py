@@ -145,3 +145,16 @@ def test_other_commands_say_why_they_cannot_run(broken):
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "torchvision 0.28.0 beside it is not" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers", "spikingjelly"])
+def test_doctor_speaks_where_a_package_is_missing(missing):
+    start = f"import sys; sys.modules[{missing!r}] = None; from snlp_zoo.cli import main; main()"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = python(environment, "-c", start, "doctor", "--json")
+    assert done.returncode == 1, done.stderr
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert missing in problem
+    done = python(environment, "-c", start, "info", "spikelm_tiny")
+    assert done.returncode != 0
+    assert missing in done.stderr

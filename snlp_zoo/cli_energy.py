@@ -148,7 +148,7 @@ def pareto(
 def plots(
     path_or_entry: ModelArgument,
     output_dir: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("figures"),
-    text: TextsOption = None,
+    text: Annotated[str | None, typer.Option(help="The text to draw; random tokens without it.")] = None,
     site: Annotated[
         str, typer.Option(help="Neuron of raster and membranes; the first one that fires without it.")
     ] = "",
@@ -162,9 +162,8 @@ def plots(
     from snlp_zoo.energy.record import record
 
     figures.check_ending(Path(f"figure.{format_}"))
-    model, batch, tokenizer = _model_and_batch(path_or_entry, text, None, "text", 1, tokens)
+    model, batch, tokenizer = _model_and_batch(path_or_entry, None if text is None else [text], None, "text", 1, tokens)
     output_dir.mkdir(parents=True, exist_ok=True)
-    batch = {key: value[:1] for key, value in batch.items()}
     recorded = record(model, batch)
     site = site or next((name for name, found in recorded.items() if found.spikes.any()), next(iter(recorded)))
     chosen = lookup("site", site, recorded)
@@ -203,7 +202,8 @@ def _numbers(option: str, given: str, kind: type) -> list[Any]:
 
 
 def _what_ran(texts: list[str] | None, data: Path | None) -> str:
-    return f"of {data.name}" if data else "as given" if texts else "random tokens"
+    ran = [*(["as given"] if texts else []), *([f"of {data.name}"] if data else [])]
+    return " and ".join(ran) or "random tokens"
 
 
 def _model_and_batch(

@@ -172,7 +172,13 @@ def unknown(kind: str, name: str, known: list[str]) -> RecipeError:
 
 
 class _Yaml(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3 and would keep a string)."""
+    """Safe YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3 and would keep a string), and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value]
+        if twice := [key for i, key in enumerate(keys) if key.value in (k.value for k in keys[:i])]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0].value!r} stands twice", twice[0].start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 class _YamlDumper(yaml.SafeDumper):
@@ -294,8 +300,7 @@ def build(entry: str, *, task: Task | None = None, **overrides: Any) -> PreTrain
         RecipeError: unknown entry, field or task.
     """
     found = load_entry(entry)
-    classes = family(found.model_type)
-    task = task or found.task
+    classes, task = family(found.model_type), task or found.task
     if task not in classes or task == "config":
         raise unknown("task", task, [name for name in classes if name != "config"])
     model = classes[task](build_config(found.model_type, found.config | overrides))
@@ -355,8 +360,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # json, tokenizers and transformers each raise their own
-        message = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"cannot load the tokenizer in {folder}: {message}") from error
+        raise CheckpointError(f"cannot load the tokenizer in {folder}: {' '.join(str(error).split())[:300]}") from error
     if knows_no_words(tokenizer):
         raise CheckpointError(f"cannot load the tokenizer in {folder}: its files are missing")
     return tokenizer

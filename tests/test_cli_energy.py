@@ -53,6 +53,8 @@ def test_energy_of_an_entry_and_of_texts(trained):
     written = json.loads((trained / "out" / "energy.json").read_text())
     assert (written["memory"]["name"], written["tokens"]) == ("dram", 4)
     assert (trained / "out" / "energy.md").read_text() == told
+    both = json.loads(run("energy", "model", "--text", "a fine film", "--data", "test.tsv", "--json"))
+    assert (both["texts"], both["data"]) == (5, "as given and of test.tsv")
 
 
 def test_energy_of_a_model_over_tokens_says_where_its_spikes_are_not(trained):

@@ -150,6 +150,7 @@ def test_build_errors(arguments, options, message):
         ("- a\n- b", "must hold 'key: value' lines at the top, found list"),
         ("", "found NoneType"),
         ("model_type: [", "is not valid YAML"),
+        ("model_type: spikelm\nconfig: {tau: 1,\n  tau: 2}", "is not valid YAML: 'tau' stands twice .*line 3"),
         ("model_type: !!python/object/apply:os.getcwd []\nconfig: {}", "is not valid YAML"),
     ],
 )

@@ -167,7 +167,8 @@ def test_written_results_replace_their_like_and_leave_the_rest(ledger, zoo):
 
 @pytest.mark.parametrize("start", ["", "results: []\n", "results:\n- {dataset: RTE, metric: accuracy}\n# end\n"])
 def test_results_are_put_into_any_file(ledger, zoo, start):
-    zoo.write_text(zoo.read_text().partition("# measured")[0] + start + "description: mine\n")
+    _, _, own = zoo.read_text().partition("# measured")[0].partition("\n")
+    zoo.write_text(own + start + "description: mine\n")
     ledger.write([{"entry": "mine", "dataset": "SST-2", "metric": "accuracy", "value": 0.5}])
     found = registry.load_entry("mine")
     assert found.description == "mine"

@@ -169,6 +169,7 @@ def break_even_rate(
     time_steps: int,
     *,
     weight: float = 0.0,
+    spiking_weight: float | None = None,
     activation: float = 0.0,
     membrane: float = 0.0,
     spike: float = 0.0,
@@ -186,13 +187,14 @@ def break_even_rate(
     """Below which firing rate a spiking linear layer takes less energy than the same layer with multiplications.
 
         r* = (mac + w / reuse_dense + a (1/K + 1/M) - T (2 v + neuron) / K)
-             / (T (size (ac + w / reuse_spiking + 2 v event_driven + address) + spike (1/K + 1/M)))
+             / (T (size (ac + w_s / reuse_spiking + 2 v event_driven + address) + spike (1/K + 1/M)))
 
     With weight reads dominating and equal reuse r* tends to 1 / T.
 
     Args:
         time_steps: T.
         weight, activation, membrane: w, a, v, pJ for reading or writing one word.
+        spiking_weight: w_s, the same of a spiking layer's weight, if it has fewer bits than the dense one's; else w.
         spike: pJ for moving one spike; address: pJ for each accumulate it causes.
         neuron: pJ of one neuron's own arithmetic per step.
         mac, ac: pJ of a multiply-accumulate and of an accumulate. size: accumulates that a spike takes per output.
@@ -203,7 +205,8 @@ def break_even_rate(
     Raises:
         EnergyError: a negative or infinite cost, or T, K, M, size or reuse below 1.
     """
-    costs = (weight, activation, membrane, spike, address, neuron, mac, ac)
+    spiking_weight = weight if spiking_weight is None else spiking_weight
+    costs = (weight, spiking_weight, activation, membrane, spike, address, neuron, mac, ac)
     if not all(math.isfinite(cost) and cost >= 0 for cost in costs) or not ac > 0:
         raise EnergyError(f"break_even_rate: costs are finite, at least 0 pJ, and ac above 0, got {costs}")
     if min(time_steps, size, fan_in, fan_out, reuse_dense, reuse_spiking) < 1:
@@ -214,5 +217,5 @@ def break_even_rate(
     ends = 1 / fan_in + 1 / fan_out
     dense = mac + weight / reuse_dense + activation * ends
     every_step = time_steps * (2 * membrane + neuron) / fan_in
-    per_event = size * (ac + weight / reuse_spiking + 2 * membrane * event_driven + address) + spike * ends
+    per_event = size * (ac + spiking_weight / reuse_spiking + 2 * membrane * event_driven + address) + spike * ends
     return min(1.0, max(0.0, (dense - every_step) / (time_steps * per_event)))

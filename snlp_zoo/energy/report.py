@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snlp_zoo.energy.costs import COST_TABLES, MEMORY_MODELS, CostTable, Memory, break_even_rate, lookup, qnn_bits
 from snlp_zoo.energy.counting import Counting, counting
-from snlp_zoo.energy.movement import Traffic, dense_traffic, spiking_traffic
+from snlp_zoo.energy.movement import Traffic, dense_traffic, spiking_traffic, stored_bits
 from snlp_zoo.energy.rows import Row
 from snlp_zoo.errors import EnergyError
 from snlp_zoo.layers.spike_linear import SpikeLinear
@@ -312,19 +312,23 @@ def _norm_ops(driven: list[Row], steps: int) -> float:
 
 
 def _break_even(driven: list[Row], steps: int, table: CostTable, memory: Memory) -> float:
-    """`break_even_rate` of the model's mean layer under these costs; weights count where every event reads one."""
+    """`break_even_rate` of the model's mean layer under these costs, beside a dense_fp32 one; weights count where every
+    event reads one.
+    """
     linear = [row for row in driven if row.weight_bits] or driven
     if not linear:
         return 0.0
     spikes, sizes = sum(row.spikes for row in linear), sum(row.sizes for row in linear)
+    bits = [stored_bits(row.weight_bits or 32) for row in linear]
     word = {name: 4 * table.pj_per_byte(getattr(memory, name)) for name in ("weight", "activation", "membrane")}
     if memory.traffic != "event":
         word["weight"] = 0.0
     return break_even_rate(
         steps,
         **word,
+        spiking_weight=word["weight"] * sum(bits) / (32 * len(bits)),
         mac=table.mac,
-        ac=table.pj({"add": 1}),
+        ac=sum(table.pj({"add" if n > 8 else "iadd": 1}) for n in bits) / len(bits),
         size=sizes / spikes if spikes else 1.0,
         fan_in=round(sum(row.fan_in for row in linear) / len(linear)),
         fan_out=round(sum(row.fan_out for row in linear) / len(linear)),

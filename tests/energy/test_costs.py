@@ -147,6 +147,7 @@ def test_other_terms_of_the_break_even_rate():
     assert break_even_rate(8, weight=5.0, activation=5.0) > plain  # the dense layer's words
     for name in ("spike", "address", "neuron"):
         assert break_even_rate(8, weight=5.0, **{name: 5.0}) < plain, name
+    assert break_even_rate(8, weight=5.0, spiking_weight=1.25) == pytest.approx((4.6 + 5.0) / (8 * (0.9 + 1.25)))
 
 
 @pytest.mark.parametrize("bad", [{"weight": -1.0}, {"ac": 0.0}, {"mac": math.inf}, {"fan_in": 0}, {"reuse_dense": 0.5}])

@@ -247,6 +247,17 @@ def test_int8_tables_are_read_as_bytes(model_of, batch_of):
     assert before > estimate(pack(model, int8_embeddings=True), batch_of(9)).totals["bytes"]
 
 
+@pytest.mark.parametrize(("bits", "stored"), [(1.58, 2), (1, 1)])
+def test_low_bit_weights_break_even_later(bits, stored, model_of, batch_of):
+    """An event adds an integer in place of a float, and reads as many bits as a weight has."""
+    plain, low = (
+        estimate(model_of("spikelm_tiny", weight_bits=n, time_steps=16), batch_of(9), memory="sram").break_even_rate
+        for n in (32, bits)
+    )
+    assert low == pytest.approx(min(1, plain * (0.9 + 5.0) / (0.1 + 5.0 * stored / 32)))
+    assert 0 < plain < low
+
+
 @pytest.mark.parametrize("entry", ["spikelm_tiny", "spikelm_tiny_158", "spikingbert_tiny_1bit"])
 def test_half_precision(entry, model_of, batch_of):
     assert estimate(model_of(entry).bfloat16(), batch_of(9)).spike_driven_fraction > 0.9

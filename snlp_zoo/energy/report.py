@@ -40,9 +40,10 @@ class EnergyReport:
     spike_driven_energy_fraction: the same of their energy.
     totals: ac, mac, other (primitives outside products), bytes, pj and pj_per_token (both with memory).
     norm_ops, norm_ops_ratio: Norm#OPS of the linear layers with spiking inputs, and 5.1 / Norm#OPS.
-    layers: name, role, kind, spike_driven, nnz, elements, rate (nnz / elements), ifr (spikes per neuron over all steps;
-    of a code of whole numbers per number), ac, mac, alternative (primitives of one multiplication per integer, in place
-    of ac; pj is that of the cheaper), other, bytes, pj.
+    layers: name, role, kind, spike_driven, nnz, sizes (what integers, or spikes of a code of whole numbers, add up to),
+    elements, rate (nnz / elements), ifr (spikes per neuron over all steps; of such a code per number), ac, mac,
+    alternative (primitives of one multiplication per integer, in place of ac; pj is that of the cheaper), other, bytes,
+    pj.
     time_steps: T; of a converted model the largest of its layers' codes. break_even_rate: in each of the T steps.
     codes: of a converted model its codes, spikes per activation, share of activations without, and the largest count.
     data: what was run, in words.
@@ -274,6 +275,7 @@ class _Prices:
             "kind": row.kind,
             "spike_driven": row.spike_driven,
             "nnz": row.nnz,
+            "sizes": row.sizes,
             "elements": row.elements,
             "rate": rate,
             "ifr": None if fired is None else fired * (self.steps if row.timed else 1),

@@ -18,7 +18,8 @@ from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.models.converted import METHOD, SpikingConversionConfig, convert_in_place, is_converted, set_window
 from snlp_zoo.train.parts import refuse_untrainable
 from snlp_zoo.train.recipe import Recipe
-from snlp_zoo.train.teacher import label_options, teacher_from_pretrained
+from snlp_zoo.train.teacher import label_options
+from snlp_zoo.train.teacher_source import teacher_from_pretrained
 
 logger = logging.getLogger(__name__)
 

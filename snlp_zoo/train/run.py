@@ -30,15 +30,13 @@ from snlp_zoo.train.student import (
     student_config,
 )
 from snlp_zoo.train.summary import join_overlap, report_overlap, spiking, test_scores, validation_row, validation_scores
-from snlp_zoo.train.teacher import (
-    augmented,
+from snlp_zoo.train.teacher import augmented, prepare_teacher, with_transfer
+from snlp_zoo.train.teacher_checks import (
     check_attention_scores,
     check_layer_map,
     check_positions,
     check_projection,
     check_vocabulary,
-    prepare_teacher,
-    with_transfer,
 )
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from snlp_zoo.models.checkpoint import read_json
 from snlp_zoo.models.transfer import by_short_name, copy_weights, short_name
 from snlp_zoo.train.converted import converted_config, make_converted
 from snlp_zoo.train.recipe import Recipe
-from snlp_zoo.train.teacher import label_options, load_tokenizer
+from snlp_zoo.train.teacher import label_options
+from snlp_zoo.train.teacher_source import load_tokenizer
 
 logger = logging.getLogger(__name__)
 PROJECTION = "projection.safetensors"

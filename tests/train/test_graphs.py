@@ -209,7 +209,7 @@ def test_replayed_gradients_of_a_causal_model(task, options):
 )
 def test_replayed_gradients_of_an_encoder(family, options):
     torch.manual_seed(0)
-    student, teacher = snlp_zoo.build(f"{family}_tiny", **options), snlp_zoo.build("spikelm_tiny")
+    student, teacher = snlp_zoo.build(f"{family}_tiny", **options), snlp_zoo.build("spikelm_tiny").cuda()
     objectives = {"forward_kl": {}, "cross_entropy": {}, "hidden_mse": {}}
     distiller = Distiller(student, teacher, objectives).train().cuda()
     replayed = ReplayedSteps(distiller, lambda batch: differentiated(distiller, batch)[0])

@@ -25,8 +25,7 @@ SYSTEMS = {"spikelm": "SpikeLM", "spikingbert": "SpikingBERT", "spikebert": "Spi
 def summary(entry: str, data: str, report: EnergyReport) -> Found:
     """One line of the ledger."""
     driven = [row for row in report.layers if row["role"] == "matmul" and row["spike_driven"]]
-    spikes = sum(row["sizes"] or row["nnz"] for row in driven)  # an integer is as many as were added up to it
-    rate = spikes / max(sum(row["elements"] for row in driven), 1)
+    rate = sum(row["total"] for row in driven) / max(sum(row["elements"] for row in driven), 1)
     ratios = [report.ratios[level]["dense_fp32"] for level in ("matmul_only", "all_ops", "with_memory")]
     ratios = [ratio or float("inf") for ratio in ratios]
     return Found(entry, data, report.time_steps, rate, report.spike_driven_fraction, *ratios)

@@ -40,10 +40,9 @@ class EnergyReport:
     spike_driven_energy_fraction: the same of their energy.
     totals: ac, mac, other (primitives outside products), bytes, pj and pj_per_token (both with memory).
     norm_ops, norm_ops_ratio: Norm#OPS of the linear layers with spiking inputs, and 5.1 / Norm#OPS.
-    layers: name, role, kind, spike_driven, nnz, sizes (what integers, or spikes of a code of whole numbers, add up to),
-    elements, rate (nnz / elements), ifr (spikes per neuron over all steps; of such a code per number), ac, mac,
-    alternative (primitives of one multiplication per integer, in place of ac; pj is that of the cheaper), other, bytes,
-    pj.
+    layers: name, role, kind, spike_driven, nnz, total (what all spikes add up to), elements, rate (nnz / elements), ifr
+    (spikes per neuron over all steps; of a code of whole numbers per number), ac, mac, alternative (primitives of one
+    multiplication per integer, in place of ac; pj is that of the cheaper), other, bytes, pj.
     time_steps: T; of a converted model the largest of its layers' codes. break_even_rate: in each of the T steps.
     codes: of a converted model its codes, spikes per activation, share of activations without, and the largest count.
     data: what was run, in words.
@@ -275,7 +274,7 @@ class _Prices:
             "kind": row.kind,
             "spike_driven": row.spike_driven,
             "nnz": row.nnz,
-            "sizes": row.sizes,
+            "total": row.total,
             "elements": row.elements,
             "rate": rate,
             "ifr": None if fired is None else fired * (self.steps if row.timed else 1),
@@ -304,13 +303,10 @@ def _codes(model: nn.Module, rows: list[Row], counter: Counting) -> dict[str, An
 
 
 def _norm_ops(driven: list[Row], steps: int) -> float:
-    """Sum of IFR_i OPS_(i+1) over sum of OPS_i, linear layers with spiking inputs only (Lu and Sengupta 2020).
-
-    An integer is as many spikes as were added up to it.
-    """
+    """Sum of IFR_i OPS_(i+1) over sum of OPS_i, linear layers with spiking inputs only (Lu and Sengupta 2020)."""
     linear = [row for row in driven if row.weight_bits and (row.timed or steps == 1)]
     operations = sum(row.dense for row in linear) / steps
-    return sum((row.sizes or row.nnz) * row.fan_out for row in linear) / operations if operations else 0.0
+    return sum(row.total * row.fan_out for row in linear) / operations if operations else 0.0
 
 
 def _break_even(driven: list[Row], steps: int, table: CostTable, memory: Memory) -> float:
@@ -330,7 +326,7 @@ def _break_even(driven: list[Row], steps: int, table: CostTable, memory: Memory)
         **word,
         spiking_weight=word["weight"] * sum(bits) / (32 * len(bits)),
         mac=table.mac,
-        ac=sum(table.pj({"add" if n > 8 else "iadd": 1}) for n in bits) / len(bits),
+        ac=sum(table.pj({"iadd" if "iadd" in row.counts else "add": 1}) for row in linear) / len(linear),
         size=sizes / spikes if spikes else 1.0,
         fan_in=round(sum(row.fan_in for row in linear) / len(linear)),
         fan_out=round(sum(row.fan_out for row in linear) / len(linear)),

@@ -49,6 +49,11 @@ class Row:
         """Spikes, each of them looked up by its address."""
         return self.spikes or self.nnz
 
+    @property
+    def total(self) -> int:
+        """What all spikes add up to: an integer is as many as were added up to it."""
+        return self.sizes or self.nnz
+
 
 @dataclass(frozen=True)
 class Operand:

@@ -2,6 +2,7 @@
 
     python tools/ledger.py collect runs/compare/* --output ledger.json   # on the machine that trained
     python tools/ledger.py write ledger.json                             # zoo_configs/*.yaml, README.md, the claims
+    python tools/ledger.py write ledger.json --join                      # with the runs that are there already
 
 `collect` makes one record per entry, data set and metric, of runs that differ in their seed or in nothing. Energy is
 estimated as `snlp-zoo energy` does it, over the first texts of the reported split, with the model of the first seed.
@@ -243,10 +244,47 @@ def _mean(values: list[float]) -> float | None:
     return round(statistics.mean(values), 5) if values else None
 
 
-def put(text: str, records: list[dict[str, Any]]) -> str:
-    """An entry's file with these results in place of those of the same data set and metric; the rest as it stands.
+SAME = ("split", "parameters", "time_steps", "bits", "overlap", "selection", "command")  # where runs are of one kind
+MEANS = ("firing_rate", "teacher_value", "baseline_value", "minutes")
 
-    What a paper reports stays with the data set, and so does the way its name is written.
+
+def pooled(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The result of the runs behind both; energy is the older one's, the commit and torch are the newer one's.
+
+    Raises:
+        SystemExit: they are not of one kind.
+    """
+    if different := [key for key in SAME if before.get(key) != record.get(key)]:
+        raise SystemExit(f"{record['entry']}: what the zoo has differs in {', '.join(different)}; write without --join")
+    runs = [before, record]
+    counts = [len(one["seeds"]) for one in runs]
+
+    def mean(key: str) -> float:
+        return sum(count * one[key] for count, one in zip(counts, runs, strict=True)) / sum(counts)
+
+    value, teaching = mean("value"), [one["teacher_minutes"] for one in runs if "teacher_minutes" in one]
+    squares = sum(
+        (count - 1) * one.get("deviation", 0) ** 2 + count * (one["value"] - value) ** 2
+        for count, one in zip(counts, runs, strict=True)
+    )
+    newer = {key: part for key, part in record.items() if key not in before or key in ("commit", "torch")}
+    joined = {
+        "value": round(value, 5),
+        "deviation": round(math.sqrt(squares / (sum(counts) - 1)), 5),
+        "least": min(one["least"] for one in runs),
+        "most": max(one["most"] for one in runs),
+        "seeds": [*before["seeds"], *record["seeds"]],
+        **{key: round(mean(key), 2 if key == "minutes" else 5) for key in MEANS if key in before and key in record},
+        **({"teacher_minutes": max(teaching)} if teaching else {}),
+        "hardware": "; ".join(dict.fromkeys(one["hardware"] for one in runs)),
+    }
+    return before | newer | joined
+
+
+def put(text: str, records: list[dict[str, Any]], join: bool = False) -> str:
+    """An entry's file with these results in place of, or joined with, those of the same data set and metric.
+
+    The rest stands as it is. What a paper reports stays with the data set, and so does the way its name is written.
     """
     lines = text.splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
@@ -266,6 +304,7 @@ def put(text: str, records: list[dict[str, Any]]) -> str:
     for record in records:
         before, _ = old.get(what(record), ({}, ""))
         stays = {key: before[key] for key in ("dataset", "paper") if key in before}
+        record = pooled(before, record) if join and "value" in before else record
         result = {key: value for key, value in record.items() if key != "entry"} | stays
         Result.model_validate(result)
         old[what(record)] = result, block_of(result, margin)
@@ -285,14 +324,17 @@ def block_of(result: dict[str, Any], margin: str) -> str:
     return f"{margin}- {indent(dumped, f'{margin}  ').lstrip()}"
 
 
-def write(records: list[dict[str, Any]]) -> None:
-    """Put records into their entries' files."""
+def write(records: list[dict[str, Any]], join: bool = False) -> None:
+    """Put records into their entries' files, in place of what is there or joined with it."""
+    texts = {}  # all of them first: nothing is written where one of them is refused
     for entry in sorted({record["entry"] for record in records}):
         registry.load_entry(entry)  # one clear error for an entry that there is not
         path = registry.zoo_folder() / f"{entry}.yaml"
         own = [_with_paper(record) for record in records if record["entry"] == entry]
-        path.write_text(put(path.read_text(encoding="utf-8"), own), encoding="utf-8")
-        registry.load_entry(entry)
+        texts[path] = put(path.read_text(encoding="utf-8"), own, join)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+        registry.load_entry(path.stem)
 
 
 def _with_paper(record: dict[str, Any]) -> dict[str, Any]:
@@ -315,6 +357,7 @@ def main() -> None:
     collecting.add_argument("--sharing", type=int, default=1, help="Trainings that ran side by side.")
     writing = commands.add_parser("write")
     writing.add_argument("records", type=Path)
+    writing.add_argument("--join", action="store_true", help="Add these runs to those of the same kind in the zoo.")
     options = parser.parse_args()
     if options.command == "collect":
         where = options.hardware + (f", shared by {options.sharing} trainings" if options.sharing > 1 else "")
@@ -325,7 +368,7 @@ def main() -> None:
         return
     if not options.records.is_file():
         parser.error(f"there is no file {options.records}; `collect` writes one")
-    write(json.loads(options.records.read_text(encoding="utf-8")))
+    write(json.loads(options.records.read_text(encoding="utf-8")), options.join)
     for page in ("readme_table.py", "published.py"):
         subprocess.run([sys.executable, Path(__file__).parent / page], check=True)
 

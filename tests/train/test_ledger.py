@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import statistics
 import sys
 from importlib import import_module
@@ -145,6 +146,37 @@ def test_a_run_counts_once_and_two_of_one_seed_twice(ledger, trained, run, monke
     (record,) = ledger.collect([trained.folder, again], number=2)
     assert record["seeds"] == [0, 0]
     assert record["deviation"] == 0  # on a CPU a seed gives the same numbers
+
+
+def test_runs_from_two_machines_are_pooled_as_if_from_one(ledger, trained, tmp_path, zoo):
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    for seed, folder in enumerate(folders):  # one run, with scores and seeds of three
+        shutil.copytree(trained.folder, folder)
+        recipe = registry.parse_yaml((folder / "recipe.yaml").read_text())
+        recipe["train"] = recipe.get("train", {}) | {"seed": seed}
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))
+        summary = json.loads((folder / "summary.json").read_text())
+        summary |= {"student_accuracy": (0.9, 0.86, 0.81)[seed], "firing_rate": 0.1 + seed / 9, "seconds": 600.0 + seed}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    groups = [folders[:1], folders[1:], folders]
+    first, others, whole = (
+        {**record, "entry": "mine", "hardware": "2 CPU cores", "commit": str(len(group))}
+        for group in groups
+        for record in ledger.collect(group, number=2)
+    )
+    ledger.write([first])
+    ledger.write([others | {"hardware": "4 CPU cores"}], join=True)
+    result = registry.load_entry("mine").results[-1]
+    for name, value in whole.items():
+        if name in ("value", "deviation", "firing_rate", "minutes"):
+            assert getattr(result, name) == pytest.approx(value, abs=0.01 if name == "minutes" else 2e-5), name
+        elif name in ("least", "most", "seeds", "teacher_value", "teacher_minutes", "energy", "overlap"):
+            assert result.model_dump(exclude_none=True)[name] == value, name
+    assert (result.hardware, result.commit) == ("2 CPU cores; 4 CPU cores", "2")
+    with pytest.raises(SystemExit, match="mine: what the zoo has differs in bits, command; write without --join"):
+        ledger.write([others | {"command": "another", "bits": 1}], join=True)
+    ledger.write([others | {"dataset": "MR"}], join=True)  # joined with nothing
+    assert registry.load_entry("mine").results[-1].runs == [1, 2]
 
 
 def test_written_results_replace_their_like_and_leave_the_rest(ledger, zoo):

@@ -157,8 +157,10 @@ class ElasticBiSpike(ExplicitState, neuron.BaseNode):
         return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._known_initialized = False
         super()._load_from_state_dict(*args, **kwargs)
+        self._known_initialized = False
+        if not self.initialized.is_meta:
+            self._is_initialized()  # look now: a forward that a CUDA graph captures must not
 
     def multi_step_forward(self, x_seq: Tensor, *args, **kwargs) -> Tensor:
         with amplitudes_updated(self):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from textwrap import shorten
 from typing import TypeVar
 
 Named = TypeVar("Named")
@@ -70,3 +71,10 @@ def lookup(what: str, name: str, known: Mapping[str, Named], error: type[Excepti
     nearest = get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise error(f"unknown {what} {name!r}, known are {', '.join(known)}{hint}")
+
+
+def unknown(kind: str, name: str, known: list[str]) -> RecipeError:
+    """The error for a name that none of many things has, with the nearest ones."""
+    nearest = get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {shorten(', '.join(known), 500)}"
+    return RecipeError(f"unknown {kind} {name!r}; {hint}")

@@ -6,17 +6,14 @@ is a model of transformers, made to spike: `family` knows both kinds.
 
 import logging
 import pkgutil
-import re
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal, get_type_hints
 
 import transformers
-import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -30,8 +27,8 @@ from transformers import (
 )
 
 from snlp_zoo import models, pretrained
-from snlp_zoo.checked import Checked
-from snlp_zoo.errors import CheckpointError, RecipeError
+from snlp_zoo.checked import Checked, explain_validation, read_yaml
+from snlp_zoo.errors import CheckpointError, RecipeError, unknown
 from snlp_zoo.models.checkpoint import architecture, check_tokenizer, read_json
 from snlp_zoo.models.configuration import SpikingConfig, make_config
 from snlp_zoo.models.converted import SpikingConversionConfig, convert_in_place
@@ -164,87 +161,6 @@ def list_entries() -> list[str]:
     return sorted(path.stem for path in zoo_folder().glob("*.yaml"))
 
 
-def unknown(kind: str, name: str, known: list[str]) -> RecipeError:
-    """The error for a name nobody knows, with the nearest ones."""
-    nearest = get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {shorten(', '.join(known), 500)}"
-    return RecipeError(f"unknown {kind} {name!r}; {hint}")
-
-
-class _Yaml(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3 and would keep a string), and a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value]
-        if twice := [key for i, key in enumerate(keys) if key.value in (k.value for k in keys[:i])]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0].value!r} stands twice", twice[0].start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-class _YamlDumper(yaml.SafeDumper):
-    """Its counterpart: quotes text that `_Yaml` would read as a number."""
-
-
-for _side in (_Yaml, _YamlDumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML without any way to make Python objects; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Yaml)  # noqa: S506  (a SafeLoader)
-
-
-def dump_yaml(content: Any) -> str:
-    """YAML that `parse_yaml` reads back to an equal value."""
-    return yaml.dump(content, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        RecipeError: missing file, not YAML, or not a mapping.
-    """
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} must hold 'key: value' lines at the top, found {type(content).__name__}")
-    return content
-
-
-def explain_validation(where: str, error: ValidationError, model: type[BaseModel]) -> RecipeError:
-    """All of pydantic's complaints in one sentence each, with the nearest valid key for unknown ones."""
-    lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            nearest = get_close_matches(str(problem["loc"][-1]), _keys_at(model, problem["loc"][:-1]), n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            lines.append(f"{path}: unknown key{hint}")
-        else:
-            scalar = isinstance(problem["input"], str | int | float | None) and problem["type"] != "missing"
-            value = f" (got {problem['input']!r})" if scalar else ""
-            lines.append(f"{path + ': ' if path else ''}{problem['msg'].removeprefix('Value error, ')}{value}")
-    return RecipeError(f"{where}: " + "; ".join(lines))
-
-
-def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    schema = model.model_json_schema()
-    node: dict[str, Any] = schema
-    for part in path:
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
-        options = [node, *node.get("anyOf", []), *node.get("allOf", [])]
-        reference = next((option["$ref"] for option in options if "$ref" in option), None)
-        node = schema["$defs"][reference.rsplit("/", 1)[-1]] if reference else node
-    return list(node.get("properties", {}))
-
-
 def load_entry(name: str, path: Path | None = None) -> Entry:
     """The zoo entry called `name` (or the one in the file `path`).
 
@@ -300,7 +216,8 @@ def build(entry: str, *, task: Task | None = None, **overrides: Any) -> PreTrain
         RecipeError: unknown entry, field or task.
     """
     found = load_entry(entry)
-    classes, task = family(found.model_type), task or found.task
+    classes = family(found.model_type)
+    task = task or found.task
     if task not in classes or task == "config":
         raise unknown("task", task, [name for name in classes if name != "config"])
     model = classes[task](build_config(found.model_type, found.config | overrides))
@@ -360,7 +277,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # json, tokenizers and transformers each raise their own
-        raise CheckpointError(f"cannot load the tokenizer in {folder}: {' '.join(str(error).split())[:300]}") from error
+        told = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"cannot load the tokenizer in {folder}: {told}") from error
     if knows_no_words(tokenizer):
         raise CheckpointError(f"cannot load the tokenizer in {folder}: its files are missing")
     return tokenizer
@@ -380,7 +298,8 @@ def find_checkpoint(path_or_entry: str | Path) -> Path:
     """
     name = str(path_or_entry)
     candidates = [Path(name), Path(name) / "model", Path("runs") / name / "model"]
-    for folder in candidates + [pretrained.FOLDER / entry for entry in pretrained.shipped() if entry == name]:
+    candidates += [pretrained.FOLDER / name] if name in pretrained.shipped() else []
+    for folder in candidates:
         if (folder / "config.json").is_file():
             logger.info("%s is loaded from %s", name, folder)
             return folder

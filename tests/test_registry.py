@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from snlp_zoo import registry
+from snlp_zoo.checked import read_yaml
 from snlp_zoo.errors import CheckpointError, RecipeError
 from snlp_zoo.layers import SpikeLinear
 from snlp_zoo.models.configuration import SpikingConfig
@@ -162,10 +163,10 @@ def test_entry_errors(tmp_path, text, message):
 
 def test_unreadable_files(tmp_path):
     with pytest.raises(RecipeError, match=r"cannot read .*missing\.yaml"):
-        registry.read_yaml(tmp_path / "missing.yaml")
+        read_yaml(tmp_path / "missing.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(RecipeError, match=r"binary\.yaml"):
-        registry.read_yaml(tmp_path / "binary.yaml")
+        read_yaml(tmp_path / "binary.yaml")
 
 
 def test_an_entry_of_ones_own(tmp_path):

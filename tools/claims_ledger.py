@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from snlp_zoo import registry
+from snlp_zoo.checked import read_yaml
 from snlp_zoo.data import read_set
 from snlp_zoo.data.batches import longest, model_inputs
 from snlp_zoo.energy import EnergyReport, estimate
@@ -39,7 +40,7 @@ def measure(run: str, data: str, limit: int) -> tuple[str, Found]:
     batch = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
     report = estimate(model, model_inputs(batch, model))
     recipe = folder.parent / "recipe.yaml"
-    name = registry.read_yaml(recipe)["name"] if recipe.is_file() else Path(run).resolve().name
+    name = read_yaml(recipe)["name"] if recipe.is_file() else Path(run).resolve().name
     return SYSTEMS[model.config.model_type], summary(name, f"{limit} texts of {Path(data).name}", report)
 
 

@@ -24,10 +24,10 @@ from textwrap import indent
 from typing import Any
 
 import torch
-import yaml
 from published import SYSTEMS, paper_of, plain
 
 from snlp_zoo import registry
+from snlp_zoo.checked import dump_yaml, parse_yaml
 from snlp_zoo.data import TextSet
 from snlp_zoo.data.batches import collate, longest, model_inputs, tokenise
 from snlp_zoo.data.text import Columns, read_splits
@@ -297,7 +297,7 @@ def put(text: str, records: list[dict[str, Any]], join: bool = False) -> str:
     first = [i for i in range(start + 1, end) if dash and lines[i].startswith(dash)]
     blocks = ["".join(lines[i:j]) for i, j in pairwise([*first, end])]
     comments = "".join(lines[start + 1 : first[0]]) if first else ""
-    kept = (registry.parse_yaml("".join(lines[start:end])) or {}).get("results") or []
+    kept = (parse_yaml("".join(lines[start:end])) or {}).get("results") or []
     margin = dash[:-2] if dash else "  "
     blocks = blocks or [block_of(result, margin) for result in kept]  # written in one line
     old = {what(result): (result, block) for result, block in zip(kept, blocks, strict=True)}
@@ -318,9 +318,7 @@ def what(result: dict[str, Any]) -> tuple[str, str]:
 
 def block_of(result: dict[str, Any], margin: str) -> str:
     """One result as YAML, a mapping in as few lines as it takes: entries stay a page long."""
-    dumped = yaml.dump(
-        result, Dumper=registry._YamlDumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=116
-    )
+    dumped = dump_yaml(result, default_flow_style=True, width=116)
     return f"{margin}- {indent(dumped, f'{margin}  ').lstrip()}"
 
 

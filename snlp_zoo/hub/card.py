@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import PreTrainedModel
 
 from snlp_zoo import pretrained, registry
+from snlp_zoo.checked import dump_yaml, read_yaml
 from snlp_zoo.data.files import suffix
 from snlp_zoo.errors import CheckpointError
 from snlp_zoo.hub.client import RESULTS, digest
@@ -69,10 +70,10 @@ def read_run(folder: Path) -> Run:
         return shipped_run(folder, pretrained.metrics(folder.name))
     if folder.name != "model" or not (run / "recipe.yaml").is_file():
         return Run(folder, {}, {}, "")
-    recipe = registry.read_yaml(run / "recipe.yaml")
+    recipe = read_yaml(run / "recipe.yaml")
     if stages := recipe.get("stages"):  # the scores are the last one's, and so are data and teacher
         last = run / f"{len(stages)}_{stages[-1]['name']}" / "recipe.yaml"
-        recipe = registry.read_yaml(last) | {"name": recipe["name"]}
+        recipe = read_yaml(last) | {"name": recipe["name"]}
     summary = run / "summary.json"
     return Run(folder, read_json(summary) if summary.is_file() else {}, recipe, _text(run / "energy.md"))
 
@@ -124,7 +125,7 @@ def make_results(run: Run) -> dict[str, str]:
         for metric, value in run.scores.items()
     ]
     slug = re.sub(r"[^\w.-]+", "_", name)
-    return {f"{RESULTS}{slug}.yaml": registry.dump_yaml(eval_result_entries_to_yaml(entries))}
+    return {f"{RESULTS}{slug}.yaml": dump_yaml(eval_result_entries_to_yaml(entries))}
 
 
 def _metadata(run: Run, model: PreTrainedModel, repo_id: str, licence: str) -> ModelCardData:

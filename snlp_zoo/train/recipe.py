@@ -14,10 +14,10 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from snlp_zoo import registry
-from snlp_zoo.checked import Checked
+from snlp_zoo.checked import Checked, dump_yaml, explain_validation, parse_yaml, read_yaml
 from snlp_zoo.distill.matching import LAYER_MAPS
 from snlp_zoo.distill.objectives import OBJECTIVES, check_options
-from snlp_zoo.errors import RecipeError
+from snlp_zoo.errors import RecipeError, unknown
 from snlp_zoo.train.parts import DataPart, ModelPart, ObjectivePart, TeacherPart, TokenizerPart, TrainPart
 from snlp_zoo.train.schedules import value_at
 
@@ -60,7 +60,7 @@ class Recipe(Checked):
     @classmethod
     def _known_layer_map(cls, layer_map: str | list[int]) -> str | list[int]:
         if isinstance(layer_map, str) and layer_map not in LAYER_MAPS:
-            raise registry.unknown("layer_map", layer_map, LAYER_MAPS)
+            raise unknown("layer_map", layer_map, LAYER_MAPS)
         return layer_map
 
     @field_validator("stages")
@@ -73,7 +73,7 @@ class Recipe(Checked):
             if "stages" in stage:
                 raise RecipeError(f"stage {name!r} holds stages; write them one after another in a single list")
             for key in stage.keys() - {"name", *STAGE_KEYS}:
-                raise registry.unknown(f"key of stage {name!r}:", key, ["name", *STAGE_KEYS])
+                raise unknown(f"key of stage {name!r}:", key, ["name", *STAGE_KEYS])
         return stages
 
     @model_validator(mode="after")
@@ -158,10 +158,10 @@ class Recipe(Checked):
     def _known_objectives(self) -> "Recipe":
         for name, part in self.objectives.items():
             if name not in OBJECTIVES:
-                raise registry.unknown("objective", name, list(OBJECTIVES))
+                raise unknown("objective", name, list(OBJECTIVES))
             for option in part.model_extra or {}:
                 if option not in OBJECTIVES[name].options():
-                    raise registry.unknown(f"option of {name}", option, ["weight", *OBJECTIVES[name].options()])
+                    raise unknown(f"option of {name}", option, ["weight", *OBJECTIVES[name].options()])
             check_options(name, part.model_extra or {})
         return self
 
@@ -223,12 +223,12 @@ def _validated(where: str, content: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise registry.explain_validation(where, error, Recipe) from error
+        raise explain_validation(where, error, Recipe) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
-    return registry.dump_yaml(recipe.model_dump())
+    return dump_yaml(recipe.model_dump())
 
 
 def _resolve(name: str, seen: tuple[str, ...], relative_to: Path | None = None) -> dict[str, Any]:
@@ -242,8 +242,8 @@ def _resolve(name: str, seen: tuple[str, ...], relative_to: Path | None = None) 
         if name.endswith((".yaml", ".yml")):
             raise RecipeError(f"there is no file {candidates[0]}; check the path, or name a zoo entry or recipe")
         known = registry.list_entries() + sorted(p.stem for p in recipes.glob("*.yaml"))
-        raise registry.unknown("zoo entry or recipe", name, known)
-    content = registry.read_yaml(path or registry.zoo_folder() / f"{name}.yaml")
+        raise unknown("zoo entry or recipe", name, known)
+    content = read_yaml(path or registry.zoo_folder() / f"{name}.yaml")
     if "model_type" in content:  # an entry
         return _resolve_entry(Path(name).stem, registry.load_entry(name, path), (*seen, name))
     parent = content.pop("extends", None)
@@ -288,14 +288,14 @@ def _set(content: dict[str, Any], override: str) -> None:
     if not separator or not path:
         raise RecipeError(f"--set wants key=value, got {override!r}; for example --set train.batch_size=16")
     try:
-        parsed = registry.parse_yaml(value)
+        parsed = parse_yaml(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {path}: {value!r} is not a YAML value") from error
     if path.startswith("stages.") and _named(content.get("stages")):
         _, name, rest = [*path.split(".", 2), ""][:3]
         names = [stage["name"] for stage in content["stages"]]
         if name not in names:
-            raise registry.unknown("stage, in --set stages.<stage>.<key>=<value>,", name, names)
+            raise unknown("stage, in --set stages.<stage>.<key>=<value>,", name, names)
         if not rest and not value.strip():
             raise RecipeError(f"--set {path}= has no value; write --set {path}=null to leave the stage out")
         if not rest and parsed is not None:

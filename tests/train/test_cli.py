@@ -137,7 +137,7 @@ def test_info_says_results_in_words(cli):
     (result,) = document(cli("info", "spikelm_mini_sst2", "--json"))["results"]
     for said in (
         "SST-2, validation, accuracy",
-        f"{100 * result['value']:.1f} % +- {100 * result['deviation']:.1f} % (3 seeds)",
+        f"{100 * result['value']:.1f} % +- {100 * result['deviation']:.1f} % (4 runs of 3 seeds)",
         f"teacher {100 * result['teacher_value']:.1f} %",
         "paper 87.0 %",
         f"{result['energy']['products']:.2f}x products",

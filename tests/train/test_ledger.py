@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from snlp_zoo import cli, registry
+from snlp_zoo.checked import parse_yaml
 from snlp_zoo.errors import RecipeError
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -152,7 +153,7 @@ def test_runs_from_two_machines_are_pooled_as_if_from_one(ledger, trained, tmp_p
     folders = [tmp_path / str(seed) for seed in range(3)]
     for seed, folder in enumerate(folders):  # one run, with scores and seeds of three
         shutil.copytree(trained.folder, folder)
-        recipe = registry.parse_yaml((folder / "recipe.yaml").read_text())
+        recipe = parse_yaml((folder / "recipe.yaml").read_text())
         recipe["train"] = recipe.get("train", {}) | {"seed": seed}
         (folder / "recipe.yaml").write_text(json.dumps(recipe))
         summary = json.loads((folder / "summary.json").read_text())

@@ -57,9 +57,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
-    except yaml.YAMLError as error:
-        told = str(error).replace('in "<unicode string>",', "at")
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(told.split())}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path} is not valid YAML: {error.problem} at line {line}") from error
+    except yaml.YAMLError as error:  # a character that cannot stand in YAML
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold 'key: value' lines at the top, found {type(content).__name__}")
     return content

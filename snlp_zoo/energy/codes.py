@@ -123,7 +123,7 @@ def _product(row, layer: SpikeLinear, found: Emitted) -> None:
     else:
         row.alternative["imul8"] += multiplications * _bits(found.values) / 8
     row.fan_in, row.fan_out = layer.in_features, layer.out_features
-    row.weight_bits = layer.bits if layer.bits != 32 else 8 * layer.weight.element_size()
+    row.weight_bits = layer.bits
 
 
 def _addition(layer: SpikeLinear) -> str:

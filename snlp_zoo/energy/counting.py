@@ -124,8 +124,9 @@ class Counting(BaseCounter):
 
     def _gather(self, path: str, given: list[Tensor], tags: list[Tag], out: Tensor, timed: bool) -> None:
         row = self.row(path, "gather", timed)
-        row.bytes += out.numel() * given[0].element_size()
-        row.weight_bits = 8 * given[0].element_size() if tags[0].static else 0
+        word = prices.REAL_BYTES if given[0].is_floating_point() else given[0].element_size()
+        row.bytes += out.numel() * word
+        row.weight_bits = 8 * word if tags[0].static else 0
 
     def _reduce(self, name: str, path: str, args: tuple, x: Tensor, tag: Tag, out: Tensor) -> Tag:
         axes = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else list(args[1:2])
@@ -157,7 +158,7 @@ class Counting(BaseCounter):
         readout = readout and role in ("residual", "other")  # a norm after it, a dense network has too
         if name == "add" and constant:
             role = "bias"
-        if name == "mul" and constant and getattr(self.modules.get(path), "bits", 32) != 32:
+        if name == "mul" and constant and getattr(self.modules.get(path), "bits", 8 * prices.REAL_BYTES) != 32:
             role = "scale"
         self.row(path, "readout" if readout else role, timed).counts.update(
             {primitive: number * size for primitive, number in primitives.items()}
@@ -174,7 +175,7 @@ class Counting(BaseCounter):
 
     def _weight_tag(self, path: str, tag: Tag) -> Tag:
         """A layer with `bits` says what its weights are."""
-        low = tag.static and getattr(self.modules.get(path), "bits", 32) != 32
+        low = tag.static and getattr(self.modules.get(path), "bits", 8 * prices.REAL_BYTES) != 32
         return Tag("lowbit", path, static=True) if low else tag
 
     def _matmul(self, path: str, a: Tensor, b: Tensor, bias: list[Tensor], out: Tensor) -> Tag:
@@ -209,8 +210,7 @@ class Counting(BaseCounter):
         row.fan_in, row.fan_out = made.fan_in, tensors[0].shape[-2] if tags[0].static else made.fan_out
         row.outputs += out.numel()
         if weights:
-            bits = getattr(self.modules.get(path), "bits", 32)
-            row.weight_bits = bits if bits != 32 else 8 * tensors[tags.index(weights[0])].element_size()
+            row.weight_bits = getattr(self.modules.get(path), "bits", 8 * prices.REAL_BYTES)
         for x, tag in zip(tensors, tags, strict=True):
             if not tag.static:
                 self._moved(row, x, tag)
@@ -235,7 +235,7 @@ class Counting(BaseCounter):
         row.mac += out.numel() * row.fan_in
         row.dense, row.elements, row.outputs = row.mac, row.elements + x.numel(), row.outputs + out.numel()
         row.counts = Counter(mul=row.mac, add=row.mac)
-        row.weight_bits = 8 * kernel.element_size()
+        row.weight_bits = 8 * prices.REAL_BYTES
         self._moved(row, x, tags[0])
         if bias:
             self.row(path, "bias", tags[0].timed).counts["add"] += out.numel()

@@ -11,8 +11,6 @@ from snlp_zoo.energy import prices
 from snlp_zoo.energy.costs import CostTable, Memory
 from snlp_zoo.energy.rows import Row
 
-REAL_BYTES = 4.0
-
 
 class Traffic(NamedTuple):
     """Bytes read and written."""
@@ -35,7 +33,7 @@ def _moved_bytes(row: Row, time_steps: int, format_: str) -> float:
     for kind in {kind for kind, _ in row.moved}:
         words, events, address_bits = (row.moved[kind, what] for what in ("words", "events", "address_bits"))
         if kind not in ("binary", "scaled", "ternary", "code"):
-            total += words * REAL_BYTES
+            total += words * prices.REAL_BYTES
             continue
         as_events = (address_bits + events * math.ceil(math.log2(time_steps))) / 8
         as_bitmap = (row.moved[kind, "bitmap_bits"] or words * (2 if kind == "ternary" else 1)) / 8
@@ -57,7 +55,7 @@ def _matrix_reads(row: Row, memory: Memory, uses: float, reuse: float, times: fl
 
 def _state(row: Row) -> Traffic:
     """A recurrence's state, read and written for every token: as long-lived as a membrane, on both sides."""
-    return Traffic(membrane=2 * prices.WKV4_STATE * row.outputs * REAL_BYTES)
+    return Traffic(membrane=2 * prices.WKV4_STATE * row.outputs * prices.REAL_BYTES)
 
 
 def spiking_traffic(row: Row, memory: Memory, time_steps: int, texts: int) -> Traffic:
@@ -66,7 +64,7 @@ def spiking_traffic(row: Row, memory: Memory, time_steps: int, texts: int) -> Tr
         return Traffic(weight=row.bytes) if row.weight_bits else Traffic(activation=row.bytes)
     moved = _moved_bytes(row, time_steps, memory.spikes)
     if row.role == "neuron":
-        return Traffic(activation=moved, membrane=2 * (row.state or row.elements) * REAL_BYTES)
+        return Traffic(activation=moved, membrane=2 * (row.state or row.elements) * prices.REAL_BYTES)
     if row.role == "recurrence":
         return _state(row)
     if row.role != "matmul":
@@ -76,8 +74,8 @@ def spiking_traffic(row: Row, memory: Memory, time_steps: int, texts: int) -> Tr
     times = every_step if memory.traffic == "step" else texts
     weights = _matrix_reads(row, memory, row.ac + row.mac, reuse, times) * stored_bits(row.weight_bits) / 8
     to_neuron = row.spike_driven and not row.steps  # outputs of a layer with a code are real numbers
-    written = 0.0 if to_neuron else row.outputs * REAL_BYTES
-    per_event = 2 * row.ac * REAL_BYTES if memory.event_driven and row.spike_driven else 0.0
+    written = 0.0 if to_neuron else row.outputs * prices.REAL_BYTES
+    per_event = 2 * row.ac * prices.REAL_BYTES if memory.event_driven and row.spike_driven else 0.0
     return Traffic(weights, moved + written, per_event)
 
 

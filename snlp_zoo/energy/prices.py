@@ -3,6 +3,8 @@
 Per element, in floats; exp stands for exponential, error function, sigmoid and their like.
 """
 
+REAL_BYTES = 4  # of a word or weight that is no integer: adders are float32's, whatever a model was loaded in
+
 ELEMENTWISE: dict[str, tuple[str, dict[str, int]]] = {  # per element of the output: operation -> (role, primitives)
     **dict.fromkeys(("add", "sub", "rsub"), ("residual", {"add": 1})),
     **dict.fromkeys(("mul",), ("other", {"mul": 1})),

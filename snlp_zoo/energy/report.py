@@ -151,7 +151,8 @@ def estimate(
         baselines: of "dense_fp32", "dense_int8" (8-bit weights and activations, 32-bit sums) and "qnn" (8-bit weights,
             activations of ceil(log2(T + 1)) bits, in a converted model of the bits that tell all counts up to the
             largest apart); each is this network at T = 1 with real products and no neurons.
-            Floats, and what is outside products, are as the table has them.
+            Floats, and what is outside products, are as the table has them; a float takes 4 bytes on every side,
+            whatever the model was loaded in.
     Raises:
         EnergyError: nothing spikes, only padding, an unpriced operation, spikes outside their declared alphabet, or an
             unknown table, memory or baseline.

@@ -258,6 +258,19 @@ def test_low_bit_weights_break_even_later(bits, stored, model_of, batch_of):
     assert 0 < plain < low
 
 
+@pytest.mark.parametrize("entry", ["spikelm_tiny", "spikingbert_tiny_1bit", "spikegpt_tiny"])
+def test_floats_are_of_one_width_whatever_a_model_is_loaded_in(entry, batch_of):
+    torch.manual_seed(0)
+    model, batch = build(entry), batch_of(9)
+    plain = estimate(model, batch)
+    for dtype in (torch.bfloat16, torch.float64):
+        other = estimate(model.to(dtype), batch)
+        assert other.totals["bytes"] == pytest.approx(plain.totals["bytes"], rel=0.01)  # some spikes differ
+        assert other.ratios["with_memory"]["dense_fp32"] == pytest.approx(
+            plain.ratios["with_memory"]["dense_fp32"], rel=0.01
+        )
+
+
 @pytest.mark.parametrize("entry", ["spikelm_tiny", "spikelm_tiny_158", "spikingbert_tiny_1bit"])
 def test_half_precision(entry, model_of, batch_of):
     assert estimate(model_of(entry).bfloat16(), batch_of(9)).spike_driven_fraction > 0.9

@@ -157,9 +157,9 @@ class Int8Embedding(nn.Module):
     def from_table(cls, table: Tensor) -> "Int8Embedding":
         """table [rows, width] -> the nearest int8 table, in the table's dtype."""
         made = cls(0, 0)
-        scale = table.float().abs().amax(1, keepdim=True) / 127
-        made.weight_int8 = (table.float() / scale.clamp_min(1e-30)).round().to(torch.int8)
-        made.weight_scale = scale.to(table.dtype)
+        made.weight_scale = (table.float().abs().amax(1, keepdim=True) / 127).to(table.dtype)
+        scale = made.weight_scale.float().clamp_min(1e-30)  # as it is kept: rounded, where the table is of half precision
+        made.weight_int8 = (table.float() / scale).round().clamp(-127, 127).to(torch.int8)
         return made
 
     @property

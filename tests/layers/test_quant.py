@@ -231,6 +231,14 @@ def test_int8_embedding_of_a_zero_row():
     assert "2, 2" in repr(layer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_int8_embeddings_are_the_nearest_to_the_table(dtype):
+    table = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layer = Int8Embedding.from_table(table)
+    steps = (layer.weight_int8 - table.double() / layer.weight_scale.double()).abs()
+    assert steps.max() <= 0.52  # half a step, and what the largest of a row loses where its scale was rounded down
+
+
 def test_embeddings_of_no_ids():
     ids = torch.zeros(2, 0, dtype=torch.long)
     for kind in (Int8Embedding, SignEmbedding):

@@ -244,7 +244,7 @@ def _mean(values: list[float]) -> float | None:
     return round(statistics.mean(values), 5) if values else None
 
 
-SAME = ("split", "parameters", "time_steps", "bits", "overlap", "selection", "command")  # where runs are of one kind
+SAME = ("split", "parameters", "time_steps", "bits", "overlap", "selection", "command")  # what runs of one kind share
 MEANS = ("firing_rate", "teacher_value", "baseline_value", "minutes")
 
 

@@ -54,11 +54,15 @@ def main() -> None:
         remedy = "make room" if full else "name another one"
         typer.echo(f"snlp-zoo: {where}{error.strerror}; {remedy}", err=True)
         sys.exit(2)
-    except Exception:
-        if problem := torchvision_mismatch():  # nothing that needs transformers can run
-            typer.echo(f"snlp-zoo: {problem}", err=True)
-            sys.exit(2)
-        raise
+    except Exception as error:
+        problem = torchvision_mismatch()  # nothing that needs transformers can run
+        if type(error).__name__ == "OutOfMemoryError":  # torch's own, which may be what cannot be imported
+            told, *_ = str(error).split(" GPU ")  # after it comes how much which process holds
+            problem = f"{told} Take fewer or shorter texts at once: train.batch_size, data.max_length"
+        if problem is None:
+            raise
+        typer.echo(f"snlp-zoo: {problem}", err=True)
+        sys.exit(2)
 
 
 def _short(text: str) -> str:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -372,6 +373,20 @@ def test_other_processes_leave_it_to_the_first_to_say_what_is_wrong(fails, monke
     for name in ("x" * 300, "nothing"):
         fails("train", name)
         assert waited.pop() > 10
+
+
+def test_too_little_memory_on_a_gpu_is_one_sentence(fails, monkeypatch):
+    def run():  # what torch says there
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 384.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 87.50 "
+            "MiB is free. Process 485 has 66.00 MiB memory in use."
+        )
+
+    monkeypatch.setattr("snlp_zoo.cli.app", run)
+    assert fails() == (
+        "snlp-zoo: CUDA out of memory. Tried to allocate 384.00 MiB. Take fewer or shorter texts at once: "
+        "train.batch_size, data.max_length"
+    )
 
 
 def test_a_folder_that_is_a_file(fails, trained, tmp_path):

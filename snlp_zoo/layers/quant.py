@@ -158,7 +158,7 @@ class Int8Embedding(nn.Module):
         """table [rows, width] -> the nearest int8 table, in the table's dtype."""
         made = cls(0, 0)
         made.weight_scale = (table.float().abs().amax(1, keepdim=True) / 127).to(table.dtype)
-        scale = made.weight_scale.float().clamp_min(1e-30)  # as it is kept: rounded, where the table is of half precision
+        scale = made.weight_scale.float().clamp_min(1e-30)  # as it is kept, in half precision rounded
         made.weight_int8 = (table.float() / scale).round().clamp(-127, 127).to(torch.int8)
         return made
 

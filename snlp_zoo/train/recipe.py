@@ -5,6 +5,7 @@ A recipe is written as an entry of the zoo (whose `recipe:` names a file in zoo_
 list of named changes to the recipe's own keys, trained one after another; `--set stages.<stage>=null` leaves one out.
 """
 
+import logging
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,6 +22,7 @@ from snlp_zoo.errors import RecipeError, unknown
 from snlp_zoo.train.parts import DataPart, ModelPart, ObjectivePart, TeacherPart, TokenizerPart, TrainPart
 from snlp_zoo.train.schedules import value_at
 
+logger = logging.getLogger(__name__)
 STAGE_KEYS = ("task", "model", "data", "tokenizer", "teacher", "objectives", "projection", "layer_map", "train")
 _WHOLE = ("objectives", "tokenizer")
 
@@ -305,17 +307,32 @@ def _set(content: dict[str, Any], override: str) -> None:
             return None
         content["stages"] = [dict(stage) for stage in content["stages"]]
         return _set(content["stages"][names.index(name)], f"{rest}={value}")
-    stages = content.get("stages") or []
-    if path.startswith("objectives") and stages and _named(stages):
-        own = [f"stages.{stage['name']}.{path}" for stage in stages if "objectives" in stage]
-        if len(own) == len(stages):
+    stages = content["stages"] if content.get("stages") and _named(content["stages"]) else []
+    own = [f"stages.{stage['name']}.{path}" for stage in stages if _hides(stage, path, parsed)]
+    if stages and len(own) == len(stages):
+        if path.startswith("objectives"):
             raise RecipeError(f"--set {path}: every stage has objectives of its own; use --set {own[-1]}={value}")
+        logger.warning("--set %s changes nothing: every stage has its own; use --set %s=%s", path, own[-1], value)
     *parents, last = path.split(".")
     for parent in parents:
         child = content.get(parent)
         content[parent] = dict(child) if isinstance(child, dict) else {} if child is None else {"weight": child}
         content = content[parent]
     content[last] = parsed
+    if last == "epochs" and content.get("steps") is not None:
+        logger.warning("--set %s changes nothing: steps, %s of them, stand for epochs; set these", path, content["steps"])
+
+
+def _hides(stage: dict[str, Any], path: str, value: Any) -> bool:
+    """Whether what a stage has of its own stands over all of this value at this path of the recipe."""
+    content: Any = stage
+    for key in path.split("."):
+        if not isinstance(content, dict) or (content is stage and key in stage and key in _WHOLE):
+            return True
+        if key not in content:
+            return False
+        content = content[key]
+    return not (isinstance(content, dict) and isinstance(value, dict))
 
 
 def _named(stages: Any) -> bool:

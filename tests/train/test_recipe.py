@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -397,3 +398,25 @@ def test_objectives_that_no_stage_would_take_are_refused():
         load_recipe("spikebert_tiny_tweets_two_stage", ["objectives.hidden_mse=0.5"])
     recipe = load_recipe("spikebert_tiny_tweets_two_stage", ["stages.task.objectives.hidden_mse=0.5"])
     assert stage_recipes(recipe, Path())[1][1].objectives["hidden_mse"].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.batch_size=2", "--set train.batch_size changes nothing: .* use --set stages.task.train.batch_size=2"),
+        ("stages.task.train.epochs=2", "changes nothing: steps, 3000 of them, stand for epochs"),
+        ("train.eval_batch_size=2", None),
+        ("train={eval_batch_size: 2}", None),
+        ("stages.task.train.steps=2", None),
+        ("data.max_length=32", None),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_told(caplog, override, said):
+    load_recipe("spikelm_mini_sst2", [override])
+    assert bool(re.search(said, caplog.text)) if said else not caplog.text
+
+
+def test_steps_that_are_taken_away_leave_epochs(caplog):
+    changes = ["stages.task.train.steps=null", "stages.task.train.epochs=2"]
+    assert load_recipe("spikelm_mini_sst2", changes).stages[1]["train"]["epochs"] == 2
+    assert not caplog.text

@@ -140,6 +140,7 @@ def _separated_table(path: Path, text: str, tabs: bool) -> Table:
 def _records(path: Path, text: str, tabs: bool) -> Iterator[tuple[int, list[str]]]:
     """Each record with the line it starts on: a quoted cell may span several."""
     stream = io.StringIO(text, newline="")
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a whole book
     reader = csv.reader(stream, csv.excel_tab, quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream, strict=True)
     while True:
         start = reader.line_num + 1
@@ -174,7 +175,7 @@ def _text_row(record: str, place: str) -> dict[str, Any]:
 def _json_row(record: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(record)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: invalid JSON ({error}); write one object per line") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected a JSON object, got {record[:60]!r}")

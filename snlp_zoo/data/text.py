@@ -164,13 +164,18 @@ def read_splits(
     if path.is_dir():
         tables = _folder_tables(path)
     elif path.is_file() or suffix(source):
-        tables = {"train": read_table(source)}
+        tables = {"train": read_table(path if path.is_file() else source)}
     else:
         tables, hub_names = _hub_tables(source, name, columns)
         label_names = label_names or hub_names
     if columns.label and _hidden(tables.get("test"), columns.label):
         del tables["test"]
     code, names = _label_code(tables["train"], columns.label, label_names)
+    if names is not None and len(names) < 2:
+        raise DataError(
+            f"{tables['train'].source}: the labels in column {columns.label!r} are of the classes {names}, and a "
+            "classifier needs at least two; name another column, or set label_names"
+        )
     return {split: text_set(table, columns, code) for split, table in tables.items()}, names
 
 
@@ -209,10 +214,11 @@ def _hub_tables(source: str, name: str | None, columns: Columns) -> tuple[dict[s
     try:
         loaded = datasets.load_dataset(source, name)
     except Exception as error:  # the Hub client's errors come from five libraries and share no base class
+        path = Path(source, name or "") if Path(source).is_dir() else Path(source)
         raise DataError(
-            f"{source!r} is no local file or folder, and `datasets` cannot load "
+            f"{str(path)!r} is no local file or folder, and `datasets` cannot load "
             f"{(source, name) if name else source!r}: {str(error).splitlines()[0] if str(error) else repr(error)}. "
-            f"Check the name and the connection.{nearest(Path(source).name, neighbours(source))}"
+            f"Check the name and the connection.{nearest(path.name, neighbours(path))}"
         ) from error
     splits = {split: next((stem for stem in stems if stem in loaded), None) for split, stems in SPLIT_NAMES.items()}
     if splits["train"] is None:

@@ -62,6 +62,7 @@ def test_a_json_string_may_hold_a_line_separator(tmp_path):
         ("data.tsv", b"text\tlabel\na\tb\ncaf\xe9\tb\n", r"data\.tsv, line 3: byte 0xe9 is not UTF-8"),
         ("data.jsonl", b'{"text": "a"}\n{"text": \n', r"data\.jsonl, line 2: invalid JSON"),
         ("data.jsonl", b'{"text": "a"}\n["b"]\n', r"data\.jsonl, line 2: expected a JSON object, got '\[\"b\"\]'"),
+        ("data.jsonl", b'{"text": ' + b"[" * 100_000, r"data\.jsonl, line 1: invalid JSON .*recursion"),
         ("data.csv.gz", b"text,label\na,b\n", r"data\.csv\.gz: not a complete \.gz file .* compress it again"),
         ("data.csv.gz", gzip.compress(b"text,label\na,b\n", mtime=0)[:-9], r"not a complete \.gz file"),
         ("data.csv.xz", b"text,label\na,b\n", r"not a complete \.xz file"),
@@ -71,6 +72,13 @@ def test_errors_name_file_line_and_remedy(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "between"), [("books.csv", ","), ("books.tsv", "\t")])
+def test_a_cell_may_hold_a_whole_book(tmp_path, name, between):
+    book = "word " * 40_000  # csv's own limit is 131,072 characters
+    (tmp_path / name).write_text(f"text{between}label\n{book}{between}a\n")
+    assert read_rows(tmp_path / name) == [{"text": book, "label": "a"}]
 
 
 def test_a_missing_file_names_the_nearest(tmp_path):

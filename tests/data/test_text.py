@@ -95,6 +95,21 @@ def test_folder_errors(tmp_path):
         load_splits(str(tmp_path))
 
 
+def test_a_folder_and_what_is_named_in_it(tmp_path):
+    (tmp_path / "glue").mkdir()
+    write(tmp_path / "glue" / "sst2.tsv", numbered(20))
+    assert len(load_splits(str(tmp_path / "glue"), name="sst2.tsv").train) == 16
+    with pytest.raises(DataError, match=r"glue/sst-2' is no local file or folder.* Nearest: sst2\.tsv\.$"):
+        load_splits(str(tmp_path / "glue"), name="sst-2")
+
+
+@pytest.mark.parametrize(("label", "given"), [("good", None), ("0", None), ("", None), ("0", ["good"])])
+def test_one_class_is_nothing_to_learn(tmp_path, label, given):
+    path = write(tmp_path / "data.tsv", [(text, label) for text, _ in numbered(20)])
+    with pytest.raises(DataError, match=r"data\.tsv: the labels in column 'label' .* a classifier needs at least two"):
+        load_splits(path, label_names=given)
+
+
 @pytest.mark.parametrize(
     ("labels", "given", "names", "coded"),
     [

@@ -96,7 +96,7 @@ def test_splits_of_phrases(tmp_path):
 
 
 def test_pairs_have_no_disjoint_splits(tmp_path):
-    rows = [f"{text}\tsame\t0" for text in rows_of_phrases(0)]
+    rows = [f"{text}\tsame\t{row % 2}" for row, text in enumerate(rows_of_phrases(0))]
     (tmp_path / "train.tsv").write_text("\n".join(["text\tother\tlabel", *rows]))
     with pytest.raises(DataError, match="disjoint compares single texts"):
         load_splits(str(tmp_path), text_pair="other", disjoint=True)

@@ -7,9 +7,9 @@
 Each name stands for a zoo entry or recipe file and changes to it, as for `snlp-zoo train --set`; `--set` changes all,
 before these. @FILE holds one student a line; empty lines and comments, #, are skipped.
 Every run is a process of its own, --jobs at a time, on the GPU with the fewest of them, in a folder of its own under
---output-dir; one that is finished there is not run again. One that fails does not end the others: the table is of those
-that finished, errors stand below it, and the exit code is 1. Seeds are those of the student; runs with the same teacher
-wait for the first of them to tune it.
+--output-dir; one that is finished there is not run again, or refused if its recipe was another. One that fails does not
+end the others: the table is of those that finished, errors stand below it, and the exit code is 1. Seeds are those of
+the student; runs with the same teacher wait for the first of them to tune it.
 """
 
 import argparse
@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from snlp_zoo.errors import SnlpError
+from snlp_zoo.train.recipe import load_recipe
 
 SCORES = {  # the first one that there is chose the best epoch
     "accuracy": "accuracy",
@@ -50,6 +53,16 @@ class Job(NamedTuple):
     @property
     def finished(self) -> bool:
         return (self.folder / "summary.json").is_file()
+
+    @property
+    def stale(self) -> bool:
+        """Whether what is finished was made by another recipe."""
+        try:
+            return self.finished and load_recipe(str(self.folder / "recipe.yaml")) != load_recipe(
+                self.recipe, self.changes
+            )
+        except SnlpError:  # the run itself says so
+            return False
 
 
 class Parser(argparse.ArgumentParser):
@@ -196,6 +209,8 @@ def main() -> None:
     if not options.report:
         if not jobs:
             parser.error("name at least one student, or --report")
+        if stale := [str(job.folder) for job in jobs if job.stale]:
+            parser.error(f"{', '.join(stale)}: finished with another recipe; remove it, or name the student otherwise")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             run_all(jobs, options.jobs, visible_gpus(options.gpus))

@@ -320,7 +320,9 @@ def _set(content: dict[str, Any], override: str) -> None:
         content = content[parent]
     content[last] = parsed
     if last == "epochs" and content.get("steps") is not None:
-        logger.warning("--set %s changes nothing: steps, %s of them, stand for epochs; set these", path, content["steps"])
+        logger.warning(
+            "--set %s changes nothing: steps, %s of them, stand for epochs; set these", path, content["steps"]
+        )
 
 
 def _hides(stage: dict[str, Any], path: str, value: Any) -> bool:

@@ -64,6 +64,11 @@ def test_runs_side_by_side_tune_one_teacher_and_a_failure_ends_no_other(
     assert len(summaries) == 2
     assert len({summary["teacher_accuracy"] for summary in summaries}) == 1
     assert all(0 < summary["teacher_seconds"] < summary["seconds"] for summary in summaries)
+    other = python(str(TOOL), f"good = {recipe} train.learning_rate=1e-3", *arguments[3:], env=own)
+    assert other.returncode == 2
+    assert "runs/good_0: finished with another recipe" in other.stderr
+    again = python(str(TOOL), students[0], *arguments[3:], env=own)
+    assert (again.returncode, again.stderr) == (0, "")  # and nothing was run
     (tmp_path / "runs" / "twin_0" / "summary.json").unlink()
     left = compare.report(tmp_path / "runs", ["good", "twin"])
     lines = {line.split()[1]: line for line in left.splitlines() if line.startswith("| ")}

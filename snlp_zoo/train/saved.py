@@ -43,7 +43,7 @@ def evaluate_checkpoint(
 
     Args:
         data: a file, with labels for a classifier, or anything `data.load_splits` or, for a language model,
-            `data.load_documents` knows, whose test split is used, of the run's own data that of the run.
+            `data.load_documents` knows, whose test split is used; of the run's own data, a file too, that of the run.
         text, text_pair, label: column names; of a language model the first alone.
         separator: what stands after each text for a language model; None: what did in its run, if that lies around
             it, else its tokenizer's end of text.
@@ -62,10 +62,11 @@ def evaluate_checkpoint(
     labels: dict[Any, str] = model.config.id2label or {}
     names = None if len(labels) == 1 else [labels[number] for number in sorted(labels)]
     columns: dict[str, Any] = {"text": text, "text_pair": text_pair, "label": label, "label_names": names}
-    if Path(data).is_file():
+    own = _own_splits(_data_of(folder), data)
+    if Path(data).is_file() and not own:
         texts = read_set(data, regression=names is None, **columns)
     else:
-        splits = load_splits(data, **columns, **_own_splits(_data_of(folder), data))
+        splits = load_splits(data, **columns, **own)
         if splits.label_names != names:
             raise DataError(f"{folder} gives numbers, and the labels of {data} are classes; name data of numbers")
         texts = splits.test
@@ -86,10 +87,10 @@ def _evaluate_language_model(
     part = _data_of(folder)
     if part is not None and separator is None:
         separator = part.separator
-    if Path(data).is_file():
+    own = _own_splits(part, data)
+    if Path(data).is_file() and not own:
         texts = read_documents(data, text)
     else:
-        own = _own_splits(part, data)
         cut = {key: own[key] for key in ("name", "seed", "test_size") if own}
         texts = load_documents(data, text=text, **cut).test.texts
     stream = make_stream(texts, tokenizer, separator)
@@ -124,7 +125,11 @@ def _data_of(folder: Path) -> DataPart | None:
 
 def _own_splits(part: DataPart | None, data: str) -> dict[str, Any]:
     """What cut this data into the splits of a run, if it is the run's: another seed's test split was trained on."""
-    if part is None or not isinstance(part.source, str) or Path(part.source).resolve() != Path(data).resolve():
+    sources = [] if part is None else [part.source] if isinstance(part.source, str) else part.source
+    if part is None or Path(data).resolve() not in [Path(source).resolve() for source in sources]:
+        return {}
+    if len(sources) > 1:
+        logger.warning("%s is among what the model was trained on: unless it has a test split, scores say little", data)
         return {}
     return part.model_dump(include={"name", "seed", "disjoint", "validation_size", "test_size"})
 

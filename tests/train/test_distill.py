@@ -624,14 +624,15 @@ def test_a_run_without_words_for_a_baseline_ends_well(run, make_data, caplog):
     assert "there is no bag-of-words baseline: " in caplog.text
 
 
-def test_a_run_is_evaluated_on_its_own_test_split(run, data_folder, tmp_path):
+@pytest.mark.parametrize("file", ["", "train.tsv"])
+def test_a_run_is_evaluated_on_its_own_test_split(run, data_folder, tmp_path, file):
     """Which data.seed carved from train; another seed's was trained on."""
     (tmp_path / "alone").mkdir()
     shutil.copy(data_folder / "train.tsv", tmp_path / "alone")
-    source = str(tmp_path / "alone")
+    source = str(tmp_path / "alone" / file)
     folder, summary = run(train=ONE_STEP, data={"source": source, "seed": 3, "disjoint": True, "test_size": 7})
     found = evaluate_checkpoint(str(folder), source)
-    assert evaluate_checkpoint(str(folder), f"{source}/./")["accuracy"] == found["accuracy"]
+    assert evaluate_checkpoint(str(folder), f"{tmp_path}/./alone/{file}")["accuracy"] == found["accuracy"]
     assert found["examples"] == summary["test_examples"] == 7
     assert found["accuracy"] == summary["student_accuracy"]
     assert found["firing_rate"] == pytest.approx(summary["firing_rate"], abs=1e-6)

@@ -1,6 +1,7 @@
 """Language models in the one loop: recipes without a teacher, streams of text, perplexity and bits."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -418,6 +419,17 @@ def test_evaluation_puts_between_texts_what_training_did(speak, tmp_path, data_f
 def test_a_language_model_is_evaluated_on_its_own_test_split(speak, data_folder):
     folder, summary = speak(data={"seed": 3, "test_size": 7})
     assert evaluate_checkpoint(str(folder), str(data_folder))["tokens"] == summary["test_tokens"]
+
+
+def test_a_language_model_is_evaluated_on_its_own_file(speak, data_folder, tmp_path, caplog):
+    source = str(data_folder / "train.tsv")
+    folder, summary = speak(data={"source": source, "test_size": 7})
+    assert evaluate_checkpoint(str(folder), source)["tokens"] == summary["test_tokens"]
+    shutil.copy(source, tmp_path / "more.tsv")
+    folder, summary = speak(data={"source": [source, str(tmp_path / "more.tsv")]})
+    assert not caplog.text
+    assert evaluate_checkpoint(str(folder), source)["tokens"] > summary["test_tokens"]
+    assert "train.tsv is among what the model was trained on" in caplog.text
 
 
 def test_a_teacher_that_reads_less_than_a_crop(make_language, gpt2, tmp_path):

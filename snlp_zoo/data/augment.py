@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from snlp_zoo.data.batches import Tokenised
+from snlp_zoo.data.batches import Tokenised, model_inputs
 from snlp_zoo.errors import DataError
 
 if TYPE_CHECKING:
@@ -78,9 +78,10 @@ def augment(
         near = [[by_word[ids[i]] for i in at] for ids, at in zip(tokenised.input_ids, places, strict=True)]
     else:
         mask = tokenizer.mask_token_id
+        types = tokenised.token_type_ids or [None] * len(places)
         near = [
-            predicted(model, ids, at, words.ids, candidates, mask)
-            for ids, at in zip(tokenised.input_ids, places, strict=True)
+            predicted(model, ids, at, words.ids, candidates, mask, own)
+            for ids, at, own in zip(tokenised.input_ids, places, types, strict=True)
         ]
     draw = random.Random(seed)  # noqa: S311
     rows = [list(ids) for ids in tokenised.input_ids]
@@ -111,16 +112,28 @@ def neighbours(table: Tensor, wanted: list[int], among: list[int], count: int) -
 
 @torch.no_grad()
 def predicted(
-    model: "PreTrainedModel", ids: Sequence[int], at: list[int], among: list[int], count: int, mask: int
+    model: "PreTrainedModel",
+    ids: Sequence[int],
+    at: list[int],
+    among: list[int],
+    count: int,
+    mask: int,
+    types: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """For each of these places of a text, the `count` tokens `among` others that the model expects there instead."""
+    """For each of these places of a text, the `count` tokens `among` others that the model expects there instead.
+
+    Args:
+        types: token types of the text, if the tokenizer has them.
+    """
     found, others, size = [], torch.tensor(among), max(1, _TOKENS // len(ids))
     for start in range(0, len(at), size):
         some = at[start : start + size]
         text, rows = torch.tensor([ids] * len(some)), torch.arange(len(some))
         own = text[rows, some]
         text[rows, some] = mask
-        logits = model(text.to(model.device)).logits[rows, some].float().cpu()[:, others]
+        batch = {"input_ids": text} | ({} if types is None else {"token_type_ids": torch.tensor([types] * len(some))})
+        fed = {name: values.to(model.device) for name, values in model_inputs(batch, model).items()}
+        logits = model(**fed).logits[rows, some].float().cpu()[:, others]
         logits[own[:, None] == others] = -torch.inf
         found += others[logits.topk(count).indices].tolist()
     return found

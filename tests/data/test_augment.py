@@ -140,3 +140,19 @@ def test_texts_without_words_and_labels(tokenizer, model):
     only = Tokenised([[ID["[CLS]"], ID["!"], ID["[SEP]"]]], None, None, 0)
     more = altered(only, tokenizer, model, copies=2)
     assert more == Tokenised(only.input_ids * 3, None, None, 0)
+
+
+def test_the_head_knows_which_text_of_a_pair_a_word_is_in(tokenizer, config):
+    torch.manual_seed(0)
+    model = BertForMaskedLM(config).eval()
+    pairs = tokenise(tokenizer, TextSet(["good day"], ["bad night"], [0]), 16)
+    ids, (types,), among = pairs.input_ids[0], pairs.token_type_ids, [ID[word] for word in ("good", "bad", "sun", "tea")]
+    masked = torch.tensor([ids])
+    masked[0, 5] = ID["[MASK]"]
+    logits = model(masked, token_type_ids=torch.tensor([types])).logits[0, 5, among]
+    best = [among[place] for place in logits.argsort(descending=True)]
+    assert predicted(model, ids, [5], among, 4, ID["[MASK]"], types) == [best]
+    assert predicted(model, ids, [5], among, 4, ID["[MASK]"]) != [best]
+    seen = {row[5] for row in altered(pairs, tokenizer, model, candidates=1).input_ids}
+    everything = Words(tokenizer).ids
+    assert seen == {ids[5], *predicted(model, ids, [5], everything, 1, ID["[MASK]"], types)[0]}

@@ -104,8 +104,8 @@ def load_splits(
             the name of a data set for `datasets.load_dataset`.
         name: configuration of the data set ("sst2" of "glue"), or a folder inside a source folder.
         text, text_pair, label: columns; label None reads text without labels.
-        label_names: one name per class, in class order. None takes the data set's names, else the sorted strings
-            or the integers 0..n-1 of the train split; labels such as 3.5 make it a regression.
+        label_names: one name per class, in class order; a Hub data set's own names in any order. None takes these, else
+            the sorted strings or the integers 0..n-1 of the train split; labels such as 3.5 make it a regression.
         train_size, validation_size, test_size: examples to keep, None for all.
         disjoint: what is carved from train shares no wording with what stays there, see `wording.disjoint_rows`, and
             has validation_size or test_size examples.
@@ -160,22 +160,22 @@ def read_splits(
     """The splits that a source has of its own, and the names of its classes."""
     if source == "tweets":
         return _tweets(label_names)
-    path = Path(source, name or "")
+    path, theirs = Path(source, name or ""), None
     if path.is_dir():
         tables = _folder_tables(path)
     elif path.is_file() or suffix(source):
         tables = {"train": read_table(path if path.is_file() else source)}
     else:
-        tables, hub_names = _hub_tables(source, name, columns)
-        label_names = label_names or hub_names
+        tables, theirs = _hub_tables(source, name, columns)
+        label_names = label_names or theirs
     if columns.label and _hidden(tables.get("test"), columns.label):
         del tables["test"]
     code, names = _label_code(tables["train"], columns.label, label_names)
     if names is not None and len(names) < 2:
-        raise DataError(
-            f"{tables['train'].source}: the labels in column {columns.label!r} are of the classes {names}, and a "
-            "classifier needs at least two; name another column, or set label_names"
-        )
+        wrong = f"{tables['train'].source}: the labels in column {columns.label!r} are of the classes {names}"
+        raise DataError(f"{wrong}, and a classifier needs at least two; name another column, or set label_names")
+    if names and theirs:
+        code = _by_name(code, names, theirs)
     return {split: text_set(table, columns, code) for split, table in tables.items()}, names
 
 
@@ -358,6 +358,15 @@ def _class_code(names: list[str]) -> LabelCode:
         return integer
 
     return code
+
+
+def _by_name(code: LabelCode, names: list[str], theirs: list[str]) -> LabelCode:
+    """`code` for class numbers of a data set that has these names, in any case, in another order."""
+    number = {name.lower(): index for index, name in enumerate(names)}
+    order = [number.get(name.lower()) for name in theirs]
+    if set(order) != set(range(len(names))):  # other names for the same classes, in their order
+        return code
+    return lambda value: code(order[value] if 0 <= value < len(order) else value)
 
 
 def _integer_names(table: Table, integers: list[Any]) -> list[str]:

@@ -216,6 +216,15 @@ def test_a_hub_data_set_with_hidden_test_labels(monkeypatch):
     assert load_splits("corpus", name="sst2", text="sentence", label_names=["no", "yes"]).label_names == ["no", "yes"]
 
 
+def test_names_of_a_hub_data_sets_classes_in_another_order(monkeypatch):
+    hub(monkeypatch, {"train": [("a", 0), ("b", 1)] * 10}, datasets.ClassLabel(names=["negative", "positive"]))
+    own = load_splits("corpus", name="sst2", text="sentence")
+    found = load_splits("corpus", name="sst2", text="sentence", label_names=["POSITIVE", "NEGATIVE"])
+    assert found.label_names == ["POSITIVE", "NEGATIVE"]
+    assert own.train.texts == found.train.texts
+    assert found.train.labels == [1 - label for label in own.train.labels]
+
+
 def test_a_hub_regression(monkeypatch):
     hub(
         monkeypatch,

@@ -146,7 +146,8 @@ def test_the_head_knows_which_text_of_a_pair_a_word_is_in(tokenizer, config):
     torch.manual_seed(0)
     model = BertForMaskedLM(config).eval()
     pairs = tokenise(tokenizer, TextSet(["good day"], ["bad night"], [0]), 16)
-    (ids,), (types,), among = pairs.input_ids, pairs.token_type_ids, [ID[word] for word in ("good", "bad", "tea", "sun")]
+    (ids,), (types,) = pairs.input_ids, pairs.token_type_ids
+    among = [ID[word] for word in ("good", "bad", "tea", "sun")]
     masked = torch.tensor([ids])
     masked[0, 5] = ID["[MASK]"]
     logits = model(masked, token_type_ids=torch.tensor([types])).logits[0, 5, among]

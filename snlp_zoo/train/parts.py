@@ -205,7 +205,7 @@ class TrainPart(Checked):
     @classmethod
     def _installed(cls, tracker: str | None) -> str | None:
         if tracker and not find_spec(tracker):
-            raise RecipeError(f"train.tracker: {tracker!r} is not installed; pip install {tracker}, or leave it out")
+            raise RecipeError(f"{tracker!r} is not installed; pip install {tracker}, or leave it out")
         return tracker
 
 

@@ -572,7 +572,7 @@ def test_a_tracker_gets_what_the_log_gets(run, metrics):
 
 def test_a_tracker_that_is_not_installed_is_refused(make_recipe, monkeypatch):
     monkeypatch.setattr(snlp_zoo.train.parts, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"'trackio' is not installed; pip install trackio"):
+    with pytest.raises(RecipeError, match=r": train.tracker: 'trackio' is not installed; pip install trackio"):
         load_recipe(str(make_recipe(train={"tracker": "trackio"})))
 
 

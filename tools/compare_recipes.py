@@ -9,7 +9,7 @@ before these. @FILE holds one student a line; empty lines and comments, #, are s
 Every run is a process of its own, --jobs at a time, on the GPU with the fewest of them, in a folder of its own under
 --output-dir; one that is finished there is not run again, or refused if its recipe was another. One that fails does not
 end the others: the table is of those that finished, errors stand below it, and the exit code is 1. Seeds are those of
-the student; runs with the same teacher wait for the first of them to tune it.
+the student; runs with the same teacher wait for the first of them to tune it, which counts for no one's seconds.
 """
 
 import argparse
@@ -156,7 +156,8 @@ def columns(found: list[dict[str, Any]]) -> dict[str, str]:
             shown["gap to the teacher"] = spread(gaps)
         shown["least, most"] = f"{100 * min(values):.1f}, {100 * max(values):.1f}"
     rate = f"{spread(of('firing_rate'))} %" if "firing_rate" in found[0] else "-"  # a dense control has none
-    return shown | {"firing rate": rate, "seconds": f"{statistics.median(of('seconds')):.0f}"}
+    own = [row["seconds"] - row.get("teacher_seconds", 0) for row in found]  # the others wait for who tunes it
+    return shown | {"firing rate": rate, "seconds": f"{statistics.median(own):.0f}"}
 
 
 def report(folder: Path, names: list[str]) -> str:

@@ -81,6 +81,15 @@ def test_students_that_never_started(tmp_path, compare):
     assert row == "| late | not started |"
 
 
+def test_seconds_are_those_without_the_teacher(tmp_path, compare):
+    for seed, waited in enumerate((300.0, 10.0, 200.0)):
+        (tmp_path / f"a_{seed}.log").touch()
+        (tmp_path / f"a_{seed}").mkdir()
+        summary = {"student_accuracy": 0.5, "seconds": 40 + seed + waited, "teacher_seconds": waited}
+        (tmp_path / f"a_{seed}" / "summary.json").write_text(json.dumps(summary))
+    assert "| - | 41 | 3 of 3 |" in compare.report(tmp_path, ["a"])
+
+
 def test_students_of_a_file(tmp_path, compare):
     (tmp_path / "students.txt").write_text('# a = b\n\n  # c = d\none = x k={"a":1}\n  \ntwo = y a.b=2  c=3\n')
     parser = compare.Parser(fromfile_prefix_chars="@")

@@ -78,10 +78,10 @@ def augment(
         near = [[by_word[ids[i]] for i in at] for ids, at in zip(tokenised.input_ids, places, strict=True)]
     else:
         mask = tokenizer.mask_token_id
-        types = tokenised.token_type_ids or [None] * len(places)
+        segments: list[Any] = tokenised.token_type_ids or [None] * len(places)
         near = [
             predicted(model, ids, at, words.ids, candidates, mask, own)
-            for ids, at, own in zip(tokenised.input_ids, places, types, strict=True)
+            for ids, at, own in zip(tokenised.input_ids, places, segments, strict=True)
         ]
     draw = random.Random(seed)  # noqa: S311
     rows = [list(ids) for ids in tokenised.input_ids]

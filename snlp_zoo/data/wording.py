@@ -9,11 +9,15 @@ from snlp_zoo.errors import DataError
 
 Words = tuple[str, ...]
 START = 5  # words by which texts are looked up
-_WORD = re.compile(r"[^\W_]+")
+# Chinese and Japanese, which leave no space between words
+_SIGNS = r"\u3041-\u3096\u30a1-\u30fa\u30fc-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 
 
 def words(text: str) -> Words:
-    """The words of a text in lower case without accents: runs of letters and digits, whatever stands between."""
+    """The words of a text in lower case without accents: runs of letters and digits, whatever stands between; each
+    Chinese or Japanese character is one.
+    """
     return tuple(_WORD.findall(_plain(text)))
 
 

@@ -9,7 +9,8 @@ from snlp_zoo.data.overlap import HeldOut, counted, without_rows
 from snlp_zoo.data.wording import words
 
 SHORT, LONG = "Good .", "the crew was lovely to us all"
-HELD = HeldOut([TextSet([SHORT, LONG, "??"])])
+UNSPACED = "\u9152\u5e97\u5f88\u5e72\u51c0"
+HELD = HeldOut([TextSet([SHORT, LONG, "??", UNSPACED])])
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,8 @@ HELD = HeldOut([TextSet([SHORT, LONG, "??"])])
         ("the crew was not lovely to us all", None),
         ("a?crew the crew was lovely to us allround", None),
         ("??", "exact"),
+        (f"\u8fd9\u5bb6{UNSPACED}\uff0c\u670d\u52a1\u597d\u3002", "contained"),
+        ("\u8fd9\u5bb6\u9152\u5e97\u4e0d\u5e72\u51c0", None),
         ("!", None),  # no words are no wording
     ],
 )

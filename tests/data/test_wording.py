@@ -16,7 +16,8 @@ from snlp_zoo.errors import DataError
         ("it's 3.5 stars", "it s 3 5 stars"),
         ("Cafe\u0301 na\u00efve \ufb01lm Stra\u00dfe", "cafe naive film strasse"),
         ("\U0001d407\U0001d422 \u210dO \u0130z\u0390", "hi ho iz\u03b9"),
-        ("\u4f60\u597d\u3002 :-)", "\u4f60\u597d"),
+        ("\u4f60\u597d\u3002 :-)", "\u4f60 \u597d"),
+        ("T\u6064\u304c \uff21\uff29x2\U00020000", "t \u6064 \u304b aix2 \U00020000"),
         ("...", ""),
     ],
 )

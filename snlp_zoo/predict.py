@@ -32,9 +32,13 @@ def predict(
         layers that have a spike), truncated (whether the text was cut).
     Raises:
         CheckpointError: no such model, or it is damaged.
-        DataError: a text that is empty, or no Unicode.
+        DataError: a text that is empty, no Unicode, or no text; one text in place of a list.
     """
+    if isinstance(texts, str):  # its letters would be texts
+        raise DataError(f"predict: texts are a list, got one text; use [{texts[:40]!r}]")
     for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise DataError(f"text {number} of {len(texts)} is a {type(text).__name__}; give a string")
         if not text.strip():
             raise DataError(f"text {number} of {len(texts)} is empty; give it at least one word")
         refuse_half_pairs(text, f"text {number} of {len(texts)}")

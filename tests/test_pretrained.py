@@ -21,6 +21,7 @@ import snlp_zoo
 from snlp_zoo import cli, pretrained, registry
 from snlp_zoo.data.demo import load_tweets
 from snlp_zoo.data.tokenizers import train_tokenizer
+from snlp_zoo.errors import DataError
 from snlp_zoo.hub.client import digest
 from snlp_zoo.predict import predict
 from snlp_zoo.train.saved import evaluate_checkpoint
@@ -101,6 +102,18 @@ def test_shipped_files(entry):
 @pytest.mark.parametrize("entry", pretrained.shipped())
 def test_shipped_predictions(entry, ship):
     check_sample(entry, ship)
+
+
+@pytest.mark.parametrize(("texts", "expected"), [("good", "got one text"), ([None], "text 1 of 1 is a NoneType")])
+def test_texts_are_a_list_of_strings(texts, expected):
+    with pytest.raises(DataError, match=expected):
+        predict("spikelm_mini_158_sst2", texts)
+
+
+def test_small_embeddings_cannot_be_resized():
+    model = registry.load("spikelm_mini_158_sst2")
+    with pytest.raises(ValueError, match="cannot be resized; resize the model before it is packed"):
+        model.resize_token_embeddings(30600)
 
 
 @pytest.mark.slow

@@ -166,7 +166,8 @@ class SpikingDecoder(SpikingDecoderPreTrainedModel):
         )
 
     def _embed(self, ids: Tensor | None, embeds: Tensor | None, past: SpikingCache | None) -> Tensor:
-        look = ids is not None and not captured(ids) and (ids.device.type == "cpu" or not (self.training or past))
+        blind = ids is None or captured(ids) or torch.compiler.is_compiling()
+        look = not blind and ids is not None and (ids.device.type == "cpu" or not (self.training or past))
         given = self.read(ids, embeds, look)
         return given if ids is None else self.embeddings(ids)
 

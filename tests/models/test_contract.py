@@ -397,6 +397,18 @@ def test_compiles(entry):
 
 
 @every_entry
+def test_compiles_as_one_graph(entry):
+    model = make(entry, num_hidden_layers=1, **({} if entry in CAUSAL else {"time_steps": 2}))
+    ids = make_batch(model)["input_ids"]
+    try:
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+            close(result(compiled, {"input_ids": ids}), result(model, {"input_ids": ids}))
+    finally:
+        torch._dynamo.reset()
+
+
+@every_entry
 def test_pipeline(entry, tmp_path):
     model = make(entry)
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}

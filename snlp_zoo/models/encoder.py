@@ -54,9 +54,9 @@ class SpikingEncoderPreTrainedModel(SpikingPreTrainedModel):
         shared = {f.name for f in fields(config_class)} & {f.name for f in fields(SpikingEncoderConfig)}
         shared -= {"hidden_dropout_prob", "attention_probs_dropout_prob", "output_spike_rates", "time_steps"}
         shared -= {"weight_bits", "packed", "int8_embeddings"}
+        if config.keys() & {"num_labels", "id2label", "label2id"}:  # neither the teacher's names nor its loss fit
+            shared -= {"id2label", "label2id", "problem_type"}
         inherited = {name: getattr(teacher.config, name) for name in shared if hasattr(teacher.config, name)}
-        if "num_labels" not in config:
-            inherited |= {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
         student = cls(make_config(config_class, **(inherited | config)))
         student.copy_from(teacher)
         return student

@@ -197,6 +197,17 @@ def test_from_teacher_takes_sizes_labels_and_settings():
     assert config.num_labels == 3
 
 
+def test_other_classes_than_the_teachers_have_neither_its_names_nor_its_loss():
+    teacher = make_teacher()
+    teacher.config.problem_type = "single_label_classification"  # as its first loss leaves it
+    named = SpikeLMForSequenceClassification.from_teacher(teacher, id2label={0: "a", 1: "b", 2: "c"}).config
+    assert named.id2label == {0: "a", 1: "b", 2: "c"}
+    assert named.label2id in (None, {"a": 0, "b": 1, "c": 2})
+    student = SpikeLMForSequenceClassification.from_teacher(teacher, num_labels=1).eval()
+    output = student(torch.ones(2, 5, dtype=torch.long), labels=torch.tensor([3.0, 4.0]))
+    assert torch.allclose(output.loss, (output.logits[:, 0] - torch.tensor([3.0, 4.0])).square().mean())
+
+
 @pytest.mark.parametrize(
     ("students", "teachers", "expected"),
     [(3, 6, [1, 3, 5]), (6, 6, [0, 1, 2, 3, 4, 5]), (4, 12, [2, 5, 8, 11]), (1, 6, [5]), (4, 6, [0, 2, 3, 5])],

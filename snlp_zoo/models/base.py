@@ -79,6 +79,16 @@ class SpikingPreTrainedModel(PreTrainedModel):
         """As what `layers.pack` can keep embedding tables; None: not at all, as a head shares them."""
         return Int8Embedding if self.get_output_embeddings() is None else None
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; ValueError if the table is kept in int8 or as signs, for it has no weight to resize."""
+        table = self.get_input_embeddings()
+        if isinstance(table, Int8Embedding | SignEmbedding):
+            raise ValueError(
+                f"{type(self).__name__} keeps its embeddings as {type(table).__name__}, which cannot be resized; "
+                "resize the model before it is packed"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def read(self, ids: Tensor | None, embeds: Tensor | None, look: bool) -> Tensor:
         """The one of input_ids [B, N] and inputs_embeds [B, N, D] that was given.
 

@@ -196,7 +196,8 @@ def check_weights(
     if wrong := absent + ([] if allow_misshapen else misshapen):
         raise CheckpointError(
             f"cannot load {folder}: weights are missing or misshapen: {_few(wrong)}; config.json and weights must be "
-            "of one model (allow_missing=True starts missing ones afresh)"
+            "of one model (to start afresh: missing ones allow_missing=True, misshapen ones "
+            "ignore_mismatched_sizes=True)"
         )
     if wrong := mistyped + [f"{name} in {held[name].file.name} has no place in the model" for name in unexpected]:
         raise CheckpointError(f"cannot load {folder}: {_few(wrong)}; save it again with {type(model).__name__}")

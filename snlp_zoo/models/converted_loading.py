@@ -52,10 +52,11 @@ def load_converted(folder: Path, *, allow_missing: bool = False, **options: Any)
         with torch.device("meta"):
             saved = model_class(config)
         replace_layers(saved, conversion.targets, conversion.layer_options())
+        misshapen = options.get("ignore_mismatched_sizes", False)
         if (
             held.keys() <= saved.state_dict().keys()
         ):  # else transformers renames on saving, or finds what is wrong below
-            check_weights(folder, held, saved, allow_missing=allow_missing, allow_misshapen=False)
+            check_weights(folder, held, saved, allow_missing=allow_missing, allow_misshapen=misshapen)
     model, info = model_class.from_pretrained(
         folder, config=config, **options | {"use_safetensors": True, "output_loading_info": True}
     )

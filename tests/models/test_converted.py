@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast, pipeline
 from transformers.models.mamba import modeling_mamba
 
+import snlp_zoo
 from snlp_zoo.convert import to_spiking
-from snlp_zoo.errors import ConversionError
+from snlp_zoo.errors import CheckpointError, ConversionError
 from snlp_zoo.layers import SpikeLinear, pack
 from snlp_zoo.models.converted import (
     SpikingConversionConfig,
@@ -499,3 +500,13 @@ def test_a_fused_kernel_does_not_pass_by_the_neurons(monkeypatch):
     model(token_ids(1, 3), use_cache=False).logits.sum().backward()
     assert model.backbone.layers[0].mixer.out_proj.weight.grad is not None
     assert model.training
+
+
+def test_a_head_of_another_shape_starts_afresh_if_asked(tmp_path):
+    converted("classifier", torch.float32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = {"id2label": dict(enumerate("abcde")), "label2id": {name: i for i, name in enumerate("abcde")}}
+    (tmp_path / "config.json").write_text(json.dumps(config | names))
+    with pytest.raises(CheckpointError, match=r"misshapen: classifier.*ignore_mismatched_sizes=True"):
+        snlp_zoo.load(tmp_path)
+    assert snlp_zoo.load(tmp_path, ignore_mismatched_sizes=True)(torch.ones(1, 3).long()).logits.shape == (1, 5)

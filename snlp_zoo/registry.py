@@ -50,6 +50,8 @@ _MAPPINGS = {  # task -> transformers' configuration class -> model class
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "encoder": "MODEL_MAPPING",
 }
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+_NO_TOKENIZER = "its files are missing; save the one that the model was trained with there"
 _OF_FILES = {"packed", "salient", "quant_method"}  # of SpikingConversionConfig: what saved weights are, not a choice
 
 
@@ -277,10 +279,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # json, tokenizers and transformers each raise their own
-        told = " ".join(str(error).split())[:300]
+        there = any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern))
+        told = " ".join(str(error).split())[:300] if there else _NO_TOKENIZER
         raise CheckpointError(f"cannot load the tokenizer in {folder}: {told}") from error
     if knows_no_words(tokenizer):
-        raise CheckpointError(f"cannot load the tokenizer in {folder}: its files are missing")
+        raise CheckpointError(f"cannot load the tokenizer in {folder}: {_NO_TOKENIZER}")
     return tokenizer
 
 

@@ -244,6 +244,12 @@ def test_pickled_weights_are_refused(saved):
         registry.load(run)
 
 
+def test_a_folder_without_a_tokenizer(tmp_path):
+    registry.build("spikegpt_tiny").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="its files are missing; save the one that"):
+        registry.load_tokenizer(tmp_path)
+
+
 def test_missing_and_misshapen_weights(saved, tmp_path):
     model, _ = saved
     state = model.state_dict()

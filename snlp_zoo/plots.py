@@ -129,7 +129,8 @@ def energy_breakdown(report: "EnergyReport") -> "Figure":
     for row, name in enumerate(names, start=1):
         axes.barh(row, totals[name] * 1e-6, color="white", edgecolor=GREY, hatch="//", height=0.6)
     for row, name in enumerate(["spiking", *names]):
-        axes.text(totals[name] * 1e-6, row, f" {totals[name] * 1e-6:.3g}", va="center")
+        rounded = float(f"{totals[name] * 1e-6:.3g}")
+        axes.text(totals[name] * 1e-6, row, f" {rounded:,g}", va="center")
     axes.set_yticks(range(len(names) + 1), ["spiking", *names])
     axes.invert_yaxis()
     axes.set(xlabel=f"uJ for {report.tokens} tokens, with memory ({report.memory['name']})")

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -124,6 +125,13 @@ def test_energy_bars_add_up(model):
     spiking = [bar for bar in figure.axes[0].patches if bar.get_y() < 0]
     assert sum(bar.get_width() for bar in spiking) == pytest.approx(report.totals["pj"] * 1e-6)
     assert any("not measured" in text for text in texts(figure))
+
+
+def test_large_energies_are_written_out(model):
+    report = estimate(model, BATCH)
+    large = {"with_memory": dict.fromkeys(report.energy_pj["with_memory"], 2.1374e9)}
+    figure = plots.energy_breakdown(replace(report, energy_pj=large))
+    assert " 2,140" in texts(figure)
 
 
 def test_membrane_histogram_counts_every_membrane(model):

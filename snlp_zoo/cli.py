@@ -253,18 +253,22 @@ def predict(
         str, typer.Argument(help="A saved folder, a zoo entry (in runs/, or shipped), or user/name on the Hub.")
     ],
     texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    pair: Annotated[
+        list[str] | None, typer.Option(help="The second text of the first text, of the next, ..., for models of pairs.")
+    ] = None,
     revision: RevisionOption = None,
     verify: VerifyFlag = False,
     json_: JsonFlag = False,
 ) -> None:
-    """Classify texts with a trained model."""
+    """Classify texts, or pairs of texts, with a trained model."""
     cli_energy.quiet_transformers()
     from snlp_zoo.predict import predict as run
 
-    predictions = run(path_or_entry, texts, revision=revision, verify=verify)
+    predictions = run(path_or_entry, texts, pairs=pair or None, revision=revision, verify=verify)
     table = _table(path_or_entry, "text", "label", "score", "firing rate")
     for row in predictions:
-        table.add_row(_short(row["text"]), row["label"], f"{row['score']:.3f}", f"{100 * row['firing_rate']:.1f} %")
+        shown = " | ".join(_short(row[part]) for part in ("text", "pair") if part in row)
+        table.add_row(shown, row["label"], f"{row['score']:.3f}", f"{100 * row['firing_rate']:.1f} %")
     _print({"predictions": predictions}, json_, table)
 
 

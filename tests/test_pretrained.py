@@ -110,6 +110,23 @@ def test_texts_are_a_list_of_strings(texts, expected):
         predict("spikelm_mini_158_sst2", texts)
 
 
+def test_pairs_are_read_as_a_trained_model_of_pairs_reads_them():
+    entry, texts, pairs = "spikelm_mini_158_sst2", ["a fine film", "dull"], ["it shines", "and far too long for me"]
+    folder = pretrained.FOLDER / entry
+    model, tokenizer = registry.load(folder), registry.load_tokenizer(folder)
+    rows = predict(entry, texts, pairs=pairs)
+    for row, text, pair in zip(rows, texts, pairs, strict=True):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, pair, return_tensors="pt")).logits.softmax(-1).max().item()
+        assert (row["text"], row["pair"]) == (text, pair)
+        assert row["score"] == pytest.approx(expected, abs=1e-6)
+    assert rows[0]["score"] != pytest.approx(predict(entry, texts[:1])[0]["score"], abs=1e-6)
+    with pytest.raises(DataError, match="2 texts and 1 pairs; give the second text of each"):
+        predict(entry, texts, pairs=pairs[:1])
+    with pytest.raises(DataError, match="pair 2 of 2 is empty"):
+        predict(entry, texts, pairs=["good", " "])
+
+
 def test_small_embeddings_cannot_be_resized():
     model = registry.load("spikelm_mini_158_sst2")
     with pytest.raises(ValueError, match="cannot be resized; resize the model before it is packed"):

@@ -232,6 +232,12 @@ def test_predict(cli, trained):
     assert f"{rows[1]['score']:.3f}" in table
 
 
+def test_predict_pairs(cli, trained):
+    answer = cli("predict", trained.folder, "grum vosh", "lumi", "--pair", "kalan drel", "--pair", "sola fenn")
+    assert "grum vosh | kalan drel" in answer.out
+    assert "lumi | sola fenn" in answer.out
+
+
 def test_predict_shows_texts_as_they_are(cli, trained):
     text = "lumi :smile: [red]sola[/red]"
     assert text in cli("predict", trained.folder, text).out

@@ -158,7 +158,7 @@ class Counting(BaseCounter):
         readout = readout and role in ("residual", "other")  # a norm after it, a dense network has too
         if name == "add" and constant:
             role = "bias"
-        if name == "mul" and constant and getattr(self.modules.get(path), "bits", 8 * prices.REAL_BYTES) != 32:
+        if name == "mul" and constant and self._bits(path) != 32:
             role = "scale"
         self.row(path, "readout" if readout else role, timed).counts.update(
             {primitive: number * size for primitive, number in primitives.items()}
@@ -173,9 +173,12 @@ class Counting(BaseCounter):
             return Tag(kind, tags[0].source, (before * factor).abs().flatten(), timed=timed)
         return Tag(timed=timed, readout=readout)
 
+    def _bits(self, path: str) -> float:
+        return getattr(self.modules.get(path), "bits", 32)
+
     def _weight_tag(self, path: str, tag: Tag) -> Tag:
         """A layer with `bits` says what its weights are."""
-        low = tag.static and getattr(self.modules.get(path), "bits", 8 * prices.REAL_BYTES) != 32
+        low = tag.static and self._bits(path) != 32
         return Tag("lowbit", path, static=True) if low else tag
 
     def _matmul(self, path: str, a: Tensor, b: Tensor, bias: list[Tensor], out: Tensor) -> Tag:
@@ -210,7 +213,7 @@ class Counting(BaseCounter):
         row.fan_in, row.fan_out = made.fan_in, tensors[0].shape[-2] if tags[0].static else made.fan_out
         row.outputs += out.numel()
         if weights:
-            row.weight_bits = getattr(self.modules.get(path), "bits", 8 * prices.REAL_BYTES)
+            row.weight_bits = self._bits(path)
         for x, tag in zip(tensors, tags, strict=True):
             if not tag.static:
                 self._moved(row, x, tag)

@@ -256,27 +256,26 @@ def pooled(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """
     if different := [key for key in SAME if before.get(key) != record.get(key)]:
         raise SystemExit(f"{record['entry']}: what the zoo has differs in {', '.join(different)}; write without --join")
-    runs = [before, record]
-    counts = [len(one["seeds"]) for one in runs]
+    both = [(len(one["seeds"]), one) for one in (before, record)]
+    runs = sum(count for count, _ in both)
 
     def mean(key: str) -> float:
-        return sum(count * one[key] for count, one in zip(counts, runs, strict=True)) / sum(counts)
+        return sum(count * one[key] for count, one in both) / runs
 
-    value, teaching = mean("value"), [one["teacher_minutes"] for one in runs if "teacher_minutes" in one]
+    value, teaching = mean("value"), [one["teacher_minutes"] for _, one in both if "teacher_minutes" in one]
     squares = sum(
-        (count - 1) * one.get("deviation", 0) ** 2 + count * (one["value"] - value) ** 2
-        for count, one in zip(counts, runs, strict=True)
+        (count - 1) * one.get("deviation", 0) ** 2 + count * (one["value"] - value) ** 2 for count, one in both
     )
     newer = {key: part for key, part in record.items() if key not in before or key in ("commit", "torch")}
     joined = {
         "value": round(value, 5),
-        "deviation": round(math.sqrt(squares / (sum(counts) - 1)), 5),
-        "least": min(one["least"] for one in runs),
-        "most": max(one["most"] for one in runs),
+        "deviation": round(math.sqrt(squares / (runs - 1)), 5),
+        "least": min(one["least"] for _, one in both),
+        "most": max(one["most"] for _, one in both),
         "seeds": [*before["seeds"], *record["seeds"]],
         **{key: round(mean(key), 2 if key == "minutes" else 5) for key in MEANS if key in before and key in record},
         **({"teacher_minutes": max(teaching)} if teaching else {}),
-        "hardware": "; ".join(dict.fromkeys(one["hardware"] for one in runs)),
+        "hardware": "; ".join(dict.fromkeys(one["hardware"] for _, one in both)),
     }
     return before | newer | joined
 

@@ -166,8 +166,11 @@ class SpikingDecoder(SpikingDecoderPreTrainedModel):
         )
 
     def _embed(self, ids: Tensor | None, embeds: Tensor | None, past: SpikingCache | None) -> Tensor:
-        blind = ids is None or captured(ids) or torch.compiler.is_compiling()
-        look = not blind and ids is not None and (ids.device.type == "cpu" or not (self.training or past))
+        look = (
+            ids is not None
+            and not (captured(ids) or torch.compiler.is_compiling())
+            and (ids.device.type == "cpu" or not (self.training or past))
+        )
         given = self.read(ids, embeds, look)
         return given if ids is None else self.embeddings(ids)
 
